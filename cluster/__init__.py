@@ -1,0 +1,1 @@
+"""Where a run happens: Ray worker groups for training and actor pools for evaluation."""

@@ -1,0 +1,76 @@
+"""Evaluation on Ray: an actor pool that holds the model and runs units of work."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.data
+
+from cluster.ray_session import ray_session, require_resources
+from rddm_dist.evaluation.evaluate import EvalSettings, Unit, UnitRunner
+
+# Blocks per actor: small enough that a slow actor does not hold up the end, large enough to keep Ray's overhead low.
+BLOCKS_PER_ACTOR = 16
+
+
+class _Actor:
+    """A UnitRunner behind Ray Data's calling convention: one row in, one row out, as JSON text."""
+
+    def __init__(self, model: str, uri: str, settings: dict[str, Any], images_dir: str, device: str) -> None:
+        self._runner = UnitRunner(model, uri, EvalSettings(**settings), images_dir=images_dir, device=device)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unit = Unit(tuple((key, shard, offset) for key, shard, offset in json.loads(row["unit"])))
+        return {"rows": json.dumps(self._runner.run(unit))}
+
+
+def _quiet_ray_data() -> None:
+    """No progress bars of its own, and its log records into our log file instead of the console."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logger = logging.getLogger("ray.data")
+    for handler in list(logger.handlers):
+        if type(handler).__module__.startswith("ray.") or type(handler) is logging.StreamHandler:
+            logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def run_on_ray(
+    model: str,
+    uri: str,
+    units: Sequence[Unit],
+    settings: EvalSettings,
+    *,
+    actors: int,
+    gpus_per_actor: float = 0.0,
+    images_dir: str = "",
+) -> Iterator[list[dict[str, Any]]]:
+    """Run units on a pool of `actors` Ray actors, yielding each unit's rows as it finishes, in any order.
+
+    `model` must be a path and `uri` a location that every node can read.
+    """
+    with ray_session(cpus=actors):
+        require_resources(cpus=actors * settings.threads, gpus=actors * gpus_per_actor)
+        _quiet_ray_data()
+        dataset = ray.data.from_items(
+            [{"unit": json.dumps(unit.rows)} for unit in units],
+            override_num_blocks=min(len(units), BLOCKS_PER_ACTOR * actors),
+        ).map(
+            _Actor,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=settings.threads,
+            num_gpus=gpus_per_actor or None,
+            fn_constructor_kwargs={
+                "model": model,
+                "uri": uri,
+                "settings": asdict(settings),
+                "images_dir": images_dir,
+                "device": "cuda" if gpus_per_actor else "cpu",
+            },
+        )
+        for result in dataset.iter_rows():
+            yield json.loads(result["rows"])

@@ -1,0 +1,56 @@
+"""Connect to a Ray cluster, or start one on this machine for the duration of a command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from data_pipeline.errors import EnvironmentFault
+
+log = logging.getLogger(__name__)
+
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@contextlib.contextmanager
+def ray_session(*, cpus: int) -> Iterator[None]:
+    """Use the cluster that RAY_ADDRESS names (set inside a Ray job), else a local one with at least `cpus` CPUs.
+
+    A session inside a session shares it. Only the one who started a local cluster ends it.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # The C++ core writes to the console of every process; what matters of it is in Ray's session folder too.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EnvironmentFault(f"cannot start or reach Ray: {' '.join(str(error).split())[:300]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_resources(*, cpus: float, gpus: float) -> None:
+    """Refuse a request that the cluster can never grant, instead of waiting for ever."""
+    have = ray.cluster_resources()
+    if have.get("CPU", 0.0) < cpus or have.get("GPU", 0.0) < gpus:
+        raise EnvironmentFault(
+            f"the Ray cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} GPUs, the job asks for "
+            f"{cpus:.0f} and {gpus:.0f}; lower --workers, --actors or --gpus-per-worker, or add nodes"
+        )

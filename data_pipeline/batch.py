@@ -1,0 +1,26 @@
+"""What the training loader hands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of a global batch.
+
+    input, target: (B, 3, H, W) uint8; mask: (B, 1, H, W) uint8, None for datasets without masks.
+    keys: sample keys. positions: (B,) int64, each row's position in the run, from which its random numbers come.
+    weight: (B,) float32, 1 for rows of the global batch, 0 for rows that only fill up the rank's share.
+    step: index of the global batch, 0 for the first of the run.
+    """
+
+    input: Tensor
+    target: Tensor
+    mask: Tensor | None
+    keys: tuple[str, ...]
+    positions: Tensor
+    weight: Tensor
+    step: int

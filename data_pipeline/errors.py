@@ -1,0 +1,39 @@
+"""The error types of the whole project, and the exit code each one means."""
+
+from __future__ import annotations
+
+
+class RddmError(Exception):
+    """Something went wrong that a person can be told in one line (the message)."""
+
+    exit_code = 1
+
+
+class UserError(RddmError):
+    """Bad input: the message says what was given, what is allowed and which key or flag to change."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or command-line flag does not fit."""
+
+
+class DataError(UserError):
+    """A dataset, or an image on its way into one, is not usable."""
+
+
+class ModelError(UserError):
+    """A model, checkpoint or registered version is absent, damaged or of another kind."""
+
+
+class EnvironmentFault(UserError):
+    """The machine or a server is not fit: no compiler, no space, a tracking server out of reach."""
+
+
+class BadSample(RddmError):
+    """One sample of a packed dataset cannot be read."""
+
+
+class TrainingFault(RddmError):
+    """A run cannot go on: the loss is not finite, workers died."""

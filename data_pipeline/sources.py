@@ -1,0 +1,204 @@
+"""Where pairs come from: folders of equal names, or a list."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.records import FIELDS, FORMATS
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3  # names listed in a message
+MAX_PLAIN_KEY = 60
+LIST_COLUMNS = (*FIELDS, "split")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one sample.
+
+    name: what the user calls it, the relative path without its extension; key: its name in the dataset, made of
+    [A-Za-z0-9_-] alone and unique.
+    """
+
+    key: str
+    input: Path
+    target: Path
+    mask: Path | None
+    name: str
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Field -> file."""
+        files = {"input": self.input, "target": self.target}
+        return files if self.mask is None else {**files, "mask": self.mask}
+
+
+def make_key(name: str) -> str:
+    """A key for a name: the name itself where it is plain and short, else what is plain of it and a hash."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+    if plain == name and len(name) <= MAX_PLAIN_KEY:
+        return name
+    return f"{plain[:MAX_PLAIN_KEY]}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
+
+
+def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair]:
+    """Pair images of the same relative name, extension apart, in two folders (three with masks), sorted by name.
+
+    Hidden files are left out, files that are no images too (logged). Raises DataError for a missing or empty folder, an
+    image without partner, two images of one name.
+    """
+    folders = {"input": Path(input), "target": Path(target)}
+    if mask is not None:
+        folders["mask"] = Path(mask)
+    found = {field: _scan(folder, flag=f"--{field}") for field, folder in folders.items()}
+    for field, other in (("input", "target"), ("target", "input"), ("input", "mask"), ("mask", "input")):
+        if field in found and other in found:
+            orphans = [path.name for name, path in found[field].items() if name not in found[other]]
+            if orphans:
+                raise DataError(
+                    f"{len(orphans)} image(s) in --{field} {folders[field]} have no image of the same name in "
+                    f"--{other} {folders[other]}: {_first(orphans)}; add or remove them"
+                )
+    pairs = [
+        Pair(make_key(name), path, found["target"][name], found["mask"][name] if mask is not None else None, name)
+        for name, path in sorted(found["input"].items())
+    ]
+    check_unique(pairs)
+    return pairs
+
+
+def read_pair_list(
+    path: Path,
+    *,
+    input_root: Path | None = None,
+    target_root: Path | None = None,
+    mask_root: Path | None = None,
+    split: str | None = None,
+) -> list[Pair]:
+    """Pairs of a tab-separated file, in its order.
+
+    A first row that names columns may hold input, target, mask, split and others, which are ignored; without one, two
+    or three columns are input, target and mask. Paths are relative to the roots, by default to the list's own folder.
+    split: take the rows of that value in column split. Raises DataError naming file and line.
+    """
+    path = Path(path)
+    columns, rows = _read_table(path)
+    if split is not None:
+        rows = _take_split(path, columns, rows, split)
+    roots = {"input": input_root, "target": target_root, "mask": mask_root}
+    has_mask = "mask" in columns
+    files: list[dict[str, Path]] = []
+    for line, row in rows:
+        found = {}
+        for field in FIELDS if has_mask else FIELDS[:2]:
+            text = row[columns.index(field)].strip()
+            file = (roots[field] or path.parent) / text
+            if not text or not file.is_file():
+                raise DataError(f"{path} line {line}: {field} image {text!r} does not exist ({file})")
+            found[field] = file
+        files.append(found)
+    parent = Path(os.path.commonpath([str(found["input"].parent) for found in files]))
+    names = [found["input"].relative_to(parent).with_suffix("").as_posix() for found in files]
+    pairs = [
+        Pair(make_key(name), found["input"], found["target"], found.get("mask"), name)
+        for name, found in zip(names, files, strict=True)
+    ]
+    check_unique(pairs)
+    return pairs
+
+
+def check_unique(pairs: Sequence[Pair]) -> None:
+    """Raise DataError when two pairs share a key."""
+    seen: dict[str, Pair] = {}
+    for pair in pairs:
+        if pair.key in seen:
+            raise DataError(f"{seen[pair.key].input} and {pair.input} have one name, {pair.name}; rename or drop one")
+        seen[pair.key] = pair
+
+
+def _scan(folder: Path, *, flag: str) -> dict[str, Path]:
+    """Relative name without extension -> image, of a folder and the folders in it."""
+    if not folder.exists():
+        raise DataError(f"{flag} {folder} does not exist; give a folder of images")
+    if not folder.is_dir():
+        raise DataError(f"{flag} {folder} is not a folder; give a folder of images")
+    images: dict[str, Path] = {}
+    others = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts) or path.is_dir():
+            continue
+        if path.suffix.lower().removeprefix(".") not in FORMATS:
+            others.append(relative.as_posix())
+            continue
+        name = relative.with_suffix("").as_posix()
+        if name in images:
+            raise DataError(f"{images[name]} and {path} have one name, {name}; rename or remove one")
+        images[name] = path
+    if not images:
+        raise DataError(f"{flag} {folder} holds no images ({', '.join(sorted(FORMATS))})")
+    if others:
+        log.warning("%d file(s) in %s are no images and left out: %s", len(others), folder, _first(others))
+    return images
+
+
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Column names and (line number, cells) of every row."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [
+                (line, row)
+                for line, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), start=1)
+                if any(cell.strip() for cell in row)
+            ]
+    except FileNotFoundError as error:
+        raise DataError(f"--list {path} does not exist; give a tab-separated file of pairs") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"--list {path} cannot be read as tab-separated text: {error}") from error
+    if not rows:
+        raise DataError(f"--list {path} is empty")
+    header = [cell.strip().lower() for cell in rows[0][1]]
+    if {"input", "target"} <= set(header):
+        columns, rows = header, rows[1:]
+    elif len(header) in (2, 3):
+        columns = list(FIELDS[: len(header)])
+    else:
+        raise DataError(
+            f"--list {path} line 1 has {len(header)} column(s); give two or three (input, target, mask), or a first "
+            f"row that names them ({', '.join(LIST_COLUMNS)})"
+        )
+    for line, row in rows:
+        if len(row) != len(columns):
+            raise DataError(f"{path} line {line} has {len(row)} column(s), not {len(columns)}; columns are tabs apart")
+    if not rows:
+        raise DataError(f"--list {path} holds no pairs")
+    return columns, rows
+
+
+def _take_split(
+    path: Path, columns: list[str], rows: list[tuple[int, list[str]]], split: str
+) -> list[tuple[int, list[str]]]:
+    if "split" not in columns:
+        raise DataError(f"--split {split}: {path} has no column split; its columns are {', '.join(columns)}")
+    column = columns.index("split")
+    taken = [(line, row) for line, row in rows if row[column].strip() == split]
+    if not taken:
+        known = sorted({row[column].strip() for _, row in rows})
+        raise DataError(f"--split {split}: {path} has no such rows; its splits are {', '.join(known)}")
+    return taken
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    rest = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")

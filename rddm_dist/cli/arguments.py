@@ -1,0 +1,34 @@
+"""Argument forms shared by the commands: worker counts, step lists, models and datasets by name."""
+
+from __future__ import annotations
+
+from data_pipeline.errors import ConfigError
+
+
+def single_count(text: str, *, flag: str) -> int:
+    """Parse N, or MIN:MAX with MIN = MAX, for --workers and --actors."""
+    low, separator, high = text.partition(":")
+    try:
+        first = int(low)
+        last = int(high) if separator else first
+    except ValueError as error:
+        raise ConfigError(f"{flag}={text} must be a number or MIN:MAX, for example {flag} 2") from error
+    if first < 1 or last < first:
+        raise ConfigError(f"{flag}={text} must be at least 1, with MIN not above MAX")
+    if first != last:
+        raise ConfigError(f"{flag}={text}: a range of workers is not supported yet; give one number")
+    return first
+
+
+def single_steps(text: str) -> int:
+    """Parse --steps N; a list with one entry is the same."""
+    parts = [part for part in text.split(",") if part]
+    if len(parts) > 1:
+        raise ConfigError(f"--steps={text}: several step counts are not supported yet; give one number")
+    try:
+        steps = int(parts[0])
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"--steps={text} must be a number, for example --steps 5") from error
+    if steps < 1:
+        raise ConfigError(f"--steps={text} must be at least 1")
+    return steps

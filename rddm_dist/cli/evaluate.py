@@ -1,0 +1,135 @@
+"""`rddm evaluate`: score a model on a packed dataset."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rddm_dist.cli.arguments import single_count, single_steps
+from rddm_dist.cli.progress import ProgressBar, console, say
+
+if TYPE_CHECKING:
+    from rddm_dist.evaluation.evaluate import EvalSettings
+    from rddm_dist.loading import Model
+
+MODEL_HELP = "Run folder, checkpoint folder, .safetensors file, or models:/name@alias"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: rddm evaluate runs/demo --data data/eval --actors 2 --steps 5")(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    data: Annotated[str, typer.Option(help="Packed dataset (what rddm pack wrote)")],
+    actors: Annotated[str, typer.Option(help="Ray actors: N, or MIN:MAX; 0: in this process, without Ray")] = "1",
+    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of each actor", min=0)] = 0.0,
+    steps: Annotated[str, typer.Option(help="Sampling steps; default: the model's")] = "",
+    eta: Annotated[float, typer.Option(help="Stochasticity; below 0: the model's", max=1)] = -1.0,
+    protocol: Annotated[str, typer.Option(help="rgb or y")] = "rgb",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json; default: beside the model")] = None,
+    limit: Annotated[int, typer.Option(help="Only the first N keys; 0: all", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images of one size per forward", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler's noise", min=0)] = 0,
+    save_images: Annotated[bool, typer.Option("--save-images", help="Keep the restored images")] = False,
+    tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
+) -> int:
+    """Score a model: report.json, report.html and a table."""
+    from rddm_dist.evaluation.evaluate import EvalSettings
+    from rddm_dist.loading import load_model
+
+    count = 0 if actors == "0" else single_count(actors, flag="--actors")
+    loaded = load_model(model, tracking_uri=tracking_uri)
+    settings = EvalSettings(
+        protocol=protocol,
+        steps=single_steps(steps) if steps else loaded.config.sample.steps,
+        eta=eta if eta >= 0 else loaded.config.sample.eta,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    folder = out or default_report_dir(loaded)
+    report = evaluate_model(
+        loaded, data, settings, actors=count, gpus_per_actor=gpus_per_actor, out=folder, limit=limit,
+        save_images=save_images,
+    )  # fmt: skip
+    print_scores(report)
+    say(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def default_report_dir(model: Model) -> Path:
+    """`<run>/report` for a run, a checkpoint or an export in a run folder, else `report` here."""
+    folder = model.path if model.path.is_dir() else model.path.parent
+    for candidate in (folder, folder.parent.parent):
+        if (candidate / "config.yaml").is_file():
+            return candidate / "report"
+    return Path("report")
+
+
+def evaluate_model(
+    model: Model,
+    data: str,
+    settings: EvalSettings,
+    *,
+    actors: int,
+    out: Path,
+    gpus_per_actor: float = 0.0,
+    limit: int = 0,
+    save_images: bool = False,
+) -> dict[str, Any]:
+    """Run the units with a progress bar and write report.json and report.html into `out`.   -> the report"""
+    from data_pipeline.errors import ConfigError
+    from data_pipeline.manifest import Manifest
+    from rddm_dist.diffusion.sampler import check_sampling
+    from rddm_dist.evaluation.evaluate import plan_units, run_here
+    from rddm_dist.evaluation.summary import build_report, write_report_files
+
+    settings.check()
+    check_sampling(model.schedule, objective=model.config.diffusion.objective, steps=settings.steps, eta=settings.eta)
+    manifest = Manifest.load(data)
+    if model.config.model.condition == "input_mask" and not manifest.has_mask:
+        raise ConfigError(f"the model needs masks and {data} has none; pack it with --mask")
+    units = plan_units(data, manifest, batch_size=settings.batch_size, limit=limit)
+    total = sum(len(unit.rows) for unit in units)
+    images_dir = str((out / "images").resolve()) if save_images else ""
+    if actors:
+        from cluster.ray_evaluate import run_on_ray
+
+        say(f"starting Ray and {actors} actor(s)")
+        results = run_on_ray(
+            str(model.path), absolute(data), units, settings,
+            actors=actors, gpus_per_actor=gpus_per_actor, images_dir=images_dir,
+        )  # fmt: skip
+    else:
+        results = run_here(str(model.path), data, units, settings, images_dir=images_dir)
+    rows: list[dict[str, Any]] = []
+    with ProgressBar("evaluate", total) as bar:
+        bar.update(0)
+        for unit_rows in results:
+            rows.extend(unit_rows)
+            bar.update(len(rows))
+    report = build_report(rows, model=model, data=data, manifest=manifest, settings=settings)
+    write_report_files(out, report, command=f"rddm evaluate {shlex.quote(str(model.path))} --data {shlex.quote(data)}")
+    return report
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute (Ray's workers run elsewhere); URLs as they are."""
+    return uri if "://" in uri else str(Path(uri).resolve())
+
+
+def print_scores(report: dict[str, Any]) -> None:
+    """The mean scores as a table."""
+    from rich.table import Table
+
+    scores = report["scores"]
+    table = Table(title=f"{len(report['images'])} images, protocol {report['protocol']['name']}")
+    for column in ("", "input", "restored"):
+        table.add_column(column, justify="left" if not column else "right")
+    for metric, unit, digits in (("psnr", " dB", 3), ("ssim", "", 4)):
+        values = [scores[f"{prefix}{metric}"]["mean"] for prefix in ("input_", "")]
+        table.add_row(metric.upper(), *("-" if value is None else f"{value:.{digits}f}{unit}" for value in values))
+    console.print(table)

@@ -1,0 +1,45 @@
+"""The process that torchrun starts: the same training as `rddm train`, without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from data_pipeline.errors import RddmError
+from rddm_dist.log import quiet_frameworks
+
+
+def main() -> None:
+    """Train on this process's share. Rank 0 reports; errors are one line on rank 0 and an exit code on all."""
+    quiet_frameworks()
+    parser = argparse.ArgumentParser(prog="python -m rddm_dist.training", description=__doc__)
+    parser.add_argument("config", help="a YAML file, for example configs/train/demo.yaml")
+    parser.add_argument("--storage", default="", help="folder that holds run folders")
+    parser.add_argument("--run", default="", help="name of the run folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+
+    from rddm_dist.cli.train import TrainConsole, run_overrides
+    from rddm_dist.comm import shutdown, topology_from_env
+    from rddm_dist.config import load_config
+    from rddm_dist.training.prepare import run_dir_of
+    from rddm_dist.training.run import Hooks, train
+    from rddm_dist.training.stopping import clear_request
+
+    topology = topology_from_env()
+    try:
+        overrides = [*arguments.overrides, *run_overrides(arguments.storage, arguments.run)]
+        config = load_config(arguments.config, overrides)
+        if topology.rank == 0:
+            clear_request(run_dir_of(config))
+            with TrainConsole(config) as console:
+                result = train(config, topology, Hooks(on_event=console.on_event))
+        else:
+            result = train(config, topology)
+        code = result.exit_code
+    except RddmError as error:
+        if topology.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    shutdown()
+    sys.exit(code)

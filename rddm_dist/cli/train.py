@@ -1,0 +1,152 @@
+"""`rddm train`: one config, any number of workers, continued by the same command."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rddm_dist.cli.arguments import single_count
+from rddm_dist.cli.progress import ProgressBar, say
+
+if TYPE_CHECKING:
+    from rddm_dist.config import Config
+    from rddm_dist.training.run import TrainResult
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example: rddm train configs/train/demo.yaml --workers 2 train.steps=1000")(train)
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/train/demo.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override keys")] = None,
+    workers: Annotated[str, typer.Option(help="Workers: N, or MIN:MAX")] = "1",
+    gpus_per_worker: Annotated[int, typer.Option(min=0, help="GPUs of each worker")] = 0,
+    storage: Annotated[str, typer.Option(help="Folder that holds run folders")] = "",
+    run: Annotated[str, typer.Option(help="Name of the run folder; the same name continues it")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing")] = False,
+) -> int:
+    """Train a model on Ray workers, or continue the run that is there."""
+    from rddm_dist.config import load_config
+
+    resolved = load_config(config, [*(overrides or []), *run_overrides(storage, run)])
+    count = single_count(workers, flag="--workers")
+    if dry_run:
+        _print_plan(resolved, count)
+        return 0
+    result = train_here(resolved, workers=count, gpus_per_worker=gpus_per_worker)
+    return result.exit_code
+
+
+def run_overrides(storage: str, run: str) -> list[str]:
+    """--storage and --run as config overrides."""
+    pairs = (("run.storage", storage), ("run.name", run))
+    return [f"{key}={value}" for key, value in pairs if value]
+
+
+def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
+    """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop."""
+    from cluster.ray_session import ray_session
+    from cluster.ray_train import train_on_ray
+    from rddm_dist.log import configure as configure_logging
+    from rddm_dist.training.engine import check_precision
+    from rddm_dist.training.prepare import prepare
+    from rddm_dist.training.run import TrainResult, completed_step
+    from rddm_dist.training.stopping import clear_request
+    from rddm_dist.training.toolchain import check_toolchain
+
+    prepared = prepare(config, world_size=workers)
+    check_precision(config.engine, on_gpu=gpus_per_worker > 0)
+    if not gpus_per_worker:
+        check_toolchain()
+    configure_logging(prepared.run_dir / "logs" / "driver.log", console=True)
+    finished = completed_step(prepared)
+    if finished:
+        say(f"reusing {prepared.run_dir}: complete at step {finished}; raise train.steps to go on")
+        return TrainResult("done", finished, str(prepared.run_dir))
+    clear_request(prepared.run_dir)
+    say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.run_dir}")
+    say(f"starting Ray and {workers} worker(s); logs in {prepared.run_dir / 'logs'}")
+    # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
+    with ray_session(cpus=workers), StopOnSignal(prepared.run_dir), TrainConsole(config) as console:
+        return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
+
+
+def _print_plan(config: Config, workers: int) -> None:
+    from rddm_dist.config import to_yaml
+    from rddm_dist.training.prepare import prepare
+
+    prepared = prepare(config, world_size=workers)
+    say(to_yaml(config).rstrip())
+    say(f"# run folder: {prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})")
+    say(
+        f"# data: {prepared.manifest.num_samples} pairs in {len(prepared.manifest.shards)} shards, "
+        f"fingerprint {prepared.data_fingerprint[:12]}, {prepared.lanes} lane(s)"
+    )
+    say(f"# {prepared.plan.describe()}")
+
+
+class TrainConsole:
+    """Turns journal records into a short story and a progress bar."""
+
+    def __init__(self, config: Config) -> None:
+        self._bar = ProgressBar("train", config.train.steps)
+
+    def __enter__(self) -> TrainConsole:
+        self._bar.__enter__()
+        return self
+
+    def on_event(self, record: dict[str, Any]) -> None:
+        event = record["event"]
+        if event in ("started", "resumed"):
+            where = f"resumed at step {record['step']}" if event == "resumed" else "training starts"
+            say(f"{where}: {record['plan']}")
+            self._bar.update(record["step"])
+        elif event == "metrics" and "train/loss" in record["metrics"]:
+            metrics = record["metrics"]
+            note = f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_s']:.1f} images/s"
+            self._bar.update(record["step"], note)
+        elif event == "metrics":
+            psnr = record["metrics"].get("preview/psnr")
+            say(f"  step {record['step']}: preview PSNR {psnr:.2f} dB")
+        elif event == "finished":
+            if record["status"] == "stopped":
+                say(f"stopped at step {record['step']} ({record['reason']}); the same command continues")
+            else:
+                say(f"trained to step {record['step']}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+
+class StopOnSignal:
+    """SIGTERM, SIGUSR1 or the first Ctrl-C ask the run to save and stop; a second Ctrl-C gives up at once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._asked = run_dir, False
+
+    def __enter__(self) -> StopOnSignal:
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        from rddm_dist.training.stopping import request_stop
+
+        if number == signal.SIGINT and self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        request_stop(self._run_dir)
+        say(f"{signal.Signals(number).name}: saving at the next step, then stopping")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

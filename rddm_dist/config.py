@@ -1,0 +1,296 @@
+"""The run configuration: typed sections, the class of every key, loading from YAML with `a.b=c` overrides.
+
+Every key has one of three classes, which decide what a continued run may change:
+  identity    what the run computes (data, method, network, batch, seed, optimizer): a difference is an error;
+  extendable  how far and how often (steps, intervals, where the same data lies): a difference is logged;
+  execution   how the hardware does it (ZeRO stage, precision, micro-batch, threads): free.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.errors import ConfigError
+
+IDENTITY, EXTENDABLE, EXECUTION = "identity", "extendable", "execution"
+
+
+def _key(default: Any, key_class: str, description: str, **constraints: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"class": key_class}, **constraints)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    name: str = _key("", EXECUTION, "Name of the run folder; empty: the config file's name")
+    storage: str = _key("runs", EXECUTION, "Folder that holds the run folders and mlflow.db")
+
+
+class DataSection(Section):
+    uri: str = _key("", EXTENDABLE, "Packed dataset to train on (the folder that holds manifest.json)")
+    eval_uri: str = _key("", EXTENDABLE, "Packed dataset for previews during training; empty: the training data")
+    crop: int = _key(0, IDENTITY, "Side of the random square crop in pixels; 0: whole images of one size", ge=0)
+    flip: bool = _key(True, IDENTITY, "Mirror a sample left-right with probability one half")
+    lanes: int = _key(0, IDENTITY, "Shards read in parallel per epoch; divides train.global_batch; 0: chosen", ge=0)
+    threads: int = _key(2, EXECUTION, "Decoding threads per worker", ge=1, le=64)
+    prefetch_batches: int = _key(4, EXECUTION, "Batches decoded ahead", ge=1, le=64)
+
+
+class ScheduleSection(Section):
+    kind: Literal["linear", "power", "ddim"] = _key("linear", IDENTITY, "Coefficient family (spec of RDDM, eq. 13)")
+    alpha: Literal["decreased", "increased", "average", "normal"] = _key("decreased", IDENTITY, "Shape of alpha")
+    beta2: Literal["decreased", "increased", "average", "normal"] = _key("increased", IDENTITY, "Shape of beta^2")
+    alpha_power: float = _key(1.0, IDENTITY, "Exponent of alpha in the power family", ge=0)
+    beta2_power: float = _key(1.0, IDENTITY, "Exponent of beta^2 in the power family", ge=0)
+    betas: Literal["linear", "scaled_linear", "squaredcos"] = _key("linear", IDENTITY, "DDPM betas of kind ddim")
+
+
+class DiffusionSection(Section):
+    objective: Literal[
+        "pred_res_noise",
+        "pred_res_add_noise",
+        "pred_x0_noise",
+        "pred_x0_add_noise",
+        "pred_noise",
+        "pred_res",
+        "pred_x0",
+    ] = _key("pred_res_noise", IDENTITY, "What the network predicts")
+    loss: Literal["l1", "l2"] = _key("l1", IDENTITY, "Distance between prediction and target")
+    num_timesteps: int = _key(1000, IDENTITY, "Timesteps T of the forward process", ge=1, le=100_000)
+    schedule: ScheduleSection = ScheduleSection()
+    sum_scale: float = _key(1.0, IDENTITY, "Final noise variance beta_cumsum[T]^2", gt=0)
+    residual_clip: tuple[float, float] = _key(
+        (-2.0, 2.0), IDENTITY, "Range predicted residuals are clamped to in sampling; the authors use [-1, 1]"
+    )
+    parity: Literal["clean", "official"] = _key("clean", IDENTITY, "official: the authors' corner cases")
+    time_input: Literal["index", "clocks"] = _key("index", IDENTITY, "Time fed to the network")
+
+
+class ModelSection(Section):
+    dim: int = _key(64, IDENTITY, "Base width, a multiple of 8", ge=8)
+    dim_mults: tuple[int, ...] = _key((1, 2, 4, 8), IDENTITY, "Width of each level as a multiple of dim", min_length=1)
+    num_nets: int = _key(2, IDENTITY, "U-Nets: 2 for objectives with two outputs, 1 for one", ge=1, le=2)
+    condition: Literal["none", "input", "input_mask"] = _key("input", IDENTITY, "What the network sees besides x_t")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        if self.dim % 8:
+            raise ValueError(f"dim={self.dim} must be a multiple of 8")
+        return self
+
+
+class OptimSection(Section):
+    name: Literal["adam", "adamw", "radam"] = _key("adam", IDENTITY, "Optimizer")
+    lr: float = _key(8e-5, IDENTITY, "Peak learning rate", gt=0)
+    betas: tuple[float, float] = _key((0.9, 0.99), IDENTITY, "Adam's decay rates")
+    eps: float = _key(1e-8, IDENTITY, "Adam's epsilon", gt=0)
+    weight_decay: float = _key(0.0, IDENTITY, "Weight decay", ge=0)
+    clip_norm: float = _key(1.0, IDENTITY, "Global gradient-norm clip; 0: off", ge=0)
+    warmup_steps: int = _key(0, IDENTITY, "Linear warm-up from 0", ge=0)
+    schedule: Literal["constant", "cosine"] = _key("constant", IDENTITY, "Learning rate after the warm-up")
+    decay_steps: int = _key(0, IDENTITY, "Step at which cosine reaches min_lr_ratio", ge=0)
+    min_lr_ratio: float = _key(0.0, IDENTITY, "Final learning rate of cosine, as a part of lr", ge=0, le=1)
+
+
+class TrainSection(Section):
+    steps: int = _key(100_000, EXTENDABLE, "Optimizer steps of the whole run", ge=1)
+    global_batch: int = _key(16, IDENTITY, "Samples per optimizer step over all workers", ge=1)
+    micro_batch: int = _key(0, EXECUTION, "Samples per forward on one worker; 0: all of its share", ge=0)
+    seed: int = _key(0, IDENTITY, "Seed of order, crops, timesteps, noise and initial weights", ge=0)
+    log_every: int = _key(10, EXTENDABLE, "Steps between log points", ge=1)
+    checkpoint_every: int = _key(1000, EXTENDABLE, "Steps between checkpoints", ge=1)
+    keep_last: int = _key(2, EXTENDABLE, "Checkpoints kept", ge=2)
+
+
+class EmaSection(Section):
+    decay: float = _key(0.995, IDENTITY, "Largest decay per update", ge=0, lt=1)
+    update_every: int = _key(10, IDENTITY, "Optimizer steps between updates", ge=1)
+    start_step: int = _key(100, IDENTITY, "Updates up to this step copy the weights", ge=0)
+    power: float = _key(2 / 3, IDENTITY, "Exponent of the warm-up 1 - (1 + n)^-power", gt=0)
+
+
+class SampleSection(Section):
+    steps: int = _key(5, EXTENDABLE, "Sampling steps of previews, and the default of evaluate and restore", ge=1)
+    eta: float = _key(0.0, EXTENDABLE, "Stochasticity of the sampler; 0: deterministic", ge=0, le=1)
+    every: int = _key(1000, EXTENDABLE, "Training steps between previews (grid and PSNR); 0: none", ge=0)
+    images: int = _key(4, EXTENDABLE, "Images in a preview", ge=1, le=64)
+    size: int = _key(128, EXTENDABLE, "Preview images are cut to this side in their centre, in pixels", ge=8)
+
+
+class EngineSection(Section):
+    zero_stage: int = _key(2, EXECUTION, "DeepSpeed ZeRO stage", ge=0, le=3)
+    precision: Literal["fp32", "bf16", "fp16"] = _key("fp32", EXECUTION, "Number format of forward and backward")
+    offload_optimizer: bool = _key(False, EXECUTION, "Keep optimizer state in host memory")
+    activation_checkpointing: bool = _key(False, EXECUTION, "Recompute activations to save memory")
+    compile: bool = _key(False, EXECUTION, "Compile the network with torch.compile")
+    threads: int = _key(0, EXECUTION, "Compute threads per worker; 0: cores divided by the workers of a node", ge=0)
+    deepspeed: dict[str, Any] = _key({}, EXECUTION, "Further DeepSpeed configuration keys")
+
+
+class TrackingSection(Section):
+    backend: Literal["mlflow", "none"] = _key("mlflow", EXECUTION, "Where metrics go besides metrics.jsonl")
+    uri: str = _key("", EXECUTION, "MLflow tracking URI; empty: sqlite at <storage>/mlflow.db")
+    experiment: str = _key("rddm", EXECUTION, "MLflow experiment")
+
+
+class Config(Section):
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    model: ModelSection = ModelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    ema: EmaSection = EmaSection()
+    sample: SampleSection = SampleSection()
+    engine: EngineSection = EngineSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        outputs = 1 if self.diffusion.objective in ("pred_noise", "pred_res", "pred_x0") else 2
+        if self.model.num_nets != outputs:
+            raise ValueError(
+                f"model.num_nets={self.model.num_nets} does not fit diffusion.objective={self.diffusion.objective}; "
+                f"set model.num_nets={outputs}"
+            )
+        if self.sample.steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"sample.steps={self.sample.steps} exceeds diffusion.num_timesteps={self.diffusion.num_timesteps}; "
+                "lower it"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}; lower it"
+            )
+        if self.optim.schedule == "cosine" and self.optim.decay_steps <= self.optim.warmup_steps:
+            raise ValueError(
+                f"optim.decay_steps={self.optim.decay_steps} must exceed optim.warmup_steps="
+                f"{self.optim.warmup_steps} with optim.schedule=cosine; set it to train.steps"
+            )
+        if self.data.lanes and self.train.global_batch % self.data.lanes:
+            raise ValueError(
+                f"data.lanes={self.data.lanes} does not divide train.global_batch={self.train.global_batch}; change one"
+            )
+        low, high = self.diffusion.residual_clip
+        if not low < high:
+            raise ValueError(f"diffusion.residual_clip=[{low}, {high}] must be increasing")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides (values are YAML), check every key, make paths absolute.
+
+    Raises ConfigError in one line for a missing file, bad YAML, an unknown key (with the nearest known one) or a value
+    out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs/train").glob("*.yaml"))
+        hint = f"; known presets: {', '.join(known)}" if known else ""
+        raise ConfigError(f"config {path} does not exist{hint}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} must hold sections such as 'train:', not a {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    config = parse_config(values, source=str(path))
+    run = config.run.model_copy(update={"name": config.run.name or path.stem, "storage": _absolute(config.run.storage)})
+    data = config.data.model_copy(
+        update={"uri": _absolute(config.data.uri), "eval_uri": _absolute(config.data.eval_uri)}
+    )
+    return config.model_copy(update={"run": run, "data": data})
+
+
+def _absolute(location: str) -> str:
+    """A local path as seen from here; workers start elsewhere. URLs and the empty string stay."""
+    return location if "://" in location or not location else str(Path(location).absolute())
+
+
+def parse_config(values: dict[str, Any], *, source: str) -> Config:
+    """Check a mapping of sections against the model; `source` names it in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_describe(error)}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    parts = name.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"override {override!r} must have the form section.key=value, for example train.steps=2000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    node = values
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part} is not a section")
+        node = child
+    node[parts[-1]] = value
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [key for key, _, _ in iter_keys(Config())] + list(Config.model_fields)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        if not close:
+            close = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+        return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    if first["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def iter_keys(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield (dotted name, class, value) of every key."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from iter_keys(value, f"{prefix}{name}.")
+        else:
+            extra = field.json_schema_extra
+            assert isinstance(extra, dict), f"{prefix}{name} has no class"
+            yield f"{prefix}{name}", str(extra["class"]), value
+
+
+def differences(old: Config, new: Config, key_class: str) -> list[str]:
+    """Keys of one class that differ, as `name: old -> new`."""
+    before = {name: value for name, _, value in iter_keys(old)}
+    return [
+        f"{name}: {before[name]} -> {value}"
+        for name, kind, value in iter_keys(new)
+        if kind == key_class and before[name] != value
+    ]
+
+
+def identity_digest(config: Config) -> str:
+    """sha256 over the identity keys: two runs with one digest (and one manifest) compute the same thing."""
+    identity = {name: value for name, kind, value in iter_keys(config) if kind == IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,1 @@
+"""The mathematics of residual denoising diffusion: schedule, forward process, objectives, samplers."""

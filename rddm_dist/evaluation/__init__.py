@@ -1,0 +1,1 @@
+"""Scores under named protocols: metrics, restoring images, baselines, summaries, reports."""

@@ -1,0 +1,122 @@
+"""Evaluation as units of work: which images go through the network together, and what one unit yields.
+
+A unit is a forward batch cut from the list of keys sorted by (height, width, key): its images have one size, and the
+cut depends on the data and the recorded batch size alone. Whoever runs the units, in whatever order, the report is the
+same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.loader import eval_index, read_sample
+from data_pipeline.manifest import Manifest
+from data_pipeline.rng import stable_id
+from rddm_dist.evaluation.protocol import PROTOCOLS, score
+from rddm_dist.evaluation.restore import load_restorer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Everything a score depends on besides weights and data; recorded in the report."""
+
+    protocol: str = "rgb"
+    steps: int = 5
+    eta: float = 0.0
+    seed: int = 0
+    batch_size: int = 4
+    threads: int = 1
+
+    def check(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"--protocol={self.protocol} is unknown; choose one of {', '.join(sorted(PROTOCOLS))}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One forward batch: (key, shard index, offset in the shard) of images of one size."""
+
+    rows: tuple[tuple[str, int, int], ...]
+
+
+def plan_units(uri: str, manifest: Manifest, *, batch_size: int, limit: int = 0) -> list[Unit]:
+    """Cut the dataset, or its first `limit` keys, into forward batches."""
+    entries = eval_index(uri, manifest)
+    if limit:
+        entries = entries[:limit]
+    entries = sorted(entries, key=lambda entry: (entry.height, entry.width, entry.key))
+    units: list[Unit] = []
+    rows: list[tuple[str, int, int]] = []
+    size: tuple[int, int] | None = None
+    for entry in entries:
+        if rows and (len(rows) == batch_size or size != (entry.height, entry.width)):
+            units.append(Unit(tuple(rows)))
+            rows = []
+        size = (entry.height, entry.width)
+        rows.append((entry.key, entry.shard_index, entry.offset))
+    if rows:
+        units.append(Unit(tuple(rows)))
+    return units
+
+
+class UnitRunner:
+    """Holds the model once and runs units. Scores are those of the 8-bit images it would write."""
+
+    def __init__(
+        self, model: str, uri: str, settings: EvalSettings, *, images_dir: str = "", device: str = "cpu"
+    ) -> None:
+        if device == "cpu":
+            torch.set_num_threads(settings.threads)
+        self._restorer = load_restorer(model, steps=settings.steps, eta=settings.eta, seed=settings.seed, device=device)
+        self._uri, self._manifest = uri, Manifest.load(uri)
+        self._settings = settings
+        self._images_dir = Path(images_dir) if images_dir else None
+
+    def run(self, unit: Unit) -> list[dict[str, Any]]:
+        """Restore and score one forward batch.   -> one row per image: key, name, scores, digest of the result"""
+        samples = [read_sample(self._uri, self._manifest, shard, offset) for _, shard, offset in unit.rows]
+        inputs = np.stack([sample.input for sample in samples])
+        masks = [sample.mask for sample in samples if sample.mask is not None]
+        restored = self._restorer.restore(
+            inputs, ids=[stable_id(sample.key) for sample in samples], masks=np.stack(masks) if masks else None
+        )
+        protocol = PROTOCOLS[self._settings.protocol]
+        rows = []
+        for sample, image in zip(samples, restored, strict=True):
+            before, after = score(protocol, sample.input, sample.target), score(protocol, image, sample.target)
+            if self._images_dir is not None:
+                self._images_dir.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(self._images_dir / f"{sample.key}.png")
+            rows.append(
+                {
+                    "key": sample.key,
+                    "name": sample.name,
+                    "width": image.shape[1],
+                    "height": image.shape[0],
+                    **{f"input_{name}": value for name, value in before.items()},
+                    **after,
+                    "restored_sha256": hashlib.sha256(image.tobytes()).hexdigest(),
+                }
+            )
+        return rows
+
+
+def run_here(
+    model: str, uri: str, units: Iterable[Unit], settings: EvalSettings, *, images_dir: str = "", device: str = "cpu"
+) -> Iterator[list[dict[str, Any]]]:
+    """Run the units in this process, one after the other."""
+    runner = UnitRunner(model, uri, settings, images_dir=images_dir, device=device)
+    for unit in units:
+        yield runner.run(unit)

@@ -1,0 +1,121 @@
+"""Restoring 8-bit images of any size with a trained network; the noise belongs to the image, not to the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data_pipeline.errors import DataError, ModelError
+from data_pipeline.rng import Draws
+from rddm_dist.diffusion.sampler import check_sampling, sample
+from rddm_dist.diffusion.schedule import Schedule
+from rddm_dist.model.net import RddmNet
+
+if TYPE_CHECKING:
+    from rddm_dist.loading import Model
+
+
+@dataclass(frozen=True)
+class RestoreSettings:
+    """How a network is sampled; `describe()` goes into report.json beside the protocol."""
+
+    objective: str
+    steps: int = 5
+    eta: float = 0.0
+    seed: int = 0
+    update: str = "pred_noise"
+    clip_residual: tuple[float, float] = (-2.0, 2.0)
+    time_input: str = "index"
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {**vars(self), "clip_residual": list(self.clip_residual)}
+
+
+class Restorer:
+    """A network with its schedule and sampler settings; the tables follow the network's device."""
+
+    def __init__(self, net: RddmNet, schedule: Schedule, settings: RestoreSettings) -> None:
+        check_sampling(
+            schedule, objective=settings.objective, steps=settings.steps, eta=settings.eta, update=settings.update
+        )
+        self._device = next(net.parameters()).device
+        self._net, self._schedule = net.eval(), schedule.to(self._device)
+        self.settings = settings
+
+    def restore(self, images: np.ndarray, ids: Sequence[int], masks: np.ndarray | None = None) -> np.ndarray:
+        """Restore images of one size.
+
+        images: (B, H, W, 3) uint8; ids: B ids of the images (`stable_id(key)`), which decide their noise;
+        masks: (B, H, W) or (B, H, W, 1) uint8 or None  ->  (B, H, W, 3) uint8, round(255 (x0 + 1) / 2).
+        The network sees the images padded at the bottom and the right to the multiple it needs. An image's noise does
+        not depend on padding, batch or device.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise DataError(f"images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        if len(ids) != len(images):
+            raise DataError(f"{len(images)} images need as many ids, got {len(ids)}")
+        height, width = images.shape[1:3]
+        x_in = torch.tensor(images).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        mask = None
+        if masks is not None:
+            planes = torch.tensor(masks).to(self._device)
+            mask = planes.reshape(len(images), 1, height, width).float() / 255.0
+        x0 = sample(
+            self._net,
+            self._schedule,
+            objective=self.settings.objective,
+            x_in=pad_to_multiple(x_in, self._net.multiple_of),
+            steps=self.settings.steps,
+            draws=Draws(self.settings.seed, torch.tensor(list(ids), dtype=torch.int64), str(self._device)),
+            eta=self.settings.eta,
+            mask=None if mask is None else pad_to_multiple(mask, self._net.multiple_of),
+            update=self.settings.update,
+            clip_residual=self.settings.clip_residual,
+            time_input=self.settings.time_input,
+        )[..., :height, :width]
+        if not bool(torch.isfinite(x0).all()):
+            raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
+        restored = ((x0 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return restored.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Extend at the bottom and the right until H and W are multiples: mirrored, or the edge repeated where the image
+    is smaller than the padding.   (B, C, H, W) float -> (B, C, H', W')"""
+    height, width = x.shape[-2:]
+    down, right = -height % multiple, -width % multiple
+    x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    return F.pad(x, (0, 0, 0, down), mode="reflect" if down < height else "replicate")
+
+
+def make_restorer(
+    model: Model, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
+) -> Restorer:
+    """A restorer for a loaded model; None takes the model's own sample.steps and sample.eta."""
+    config = model.config
+    settings = RestoreSettings(
+        objective=config.diffusion.objective,
+        steps=config.sample.steps if steps is None else steps,
+        eta=config.sample.eta if eta is None else eta,
+        seed=seed,
+        clip_residual=config.diffusion.residual_clip,
+        time_input=config.diffusion.time_input,
+    )
+    return Restorer(model.net.to(device), model.schedule, settings)
+
+
+def load_restorer(
+    path: str | Path, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
+) -> Restorer:
+    """A restorer from a .safetensors export, a run folder or a checkpoint; see `rddm_dist.loading.load_model`."""
+    from rddm_dist.loading import load_model
+
+    return make_restorer(load_model(str(path)), steps=steps, eta=eta, seed=seed, device=device)

@@ -1,0 +1,56 @@
+"""Logging: quiet on the console, complete in a file, with the chatter of the frameworks in that file too."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+OURS = ("rddm_dist", "data_pipeline", "cluster")
+CHATTY = ("DeepSpeed", "deepspeed", "ray", "mlflow", "alembic", "torch", "urllib3", "py.warnings")
+
+
+def quiet_frameworks() -> None:
+    """Environment that keeps telemetry off and start-up messages out of the console. Set before the imports."""
+    defaults = {
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "DS_IGNORE_CUDA_DETECTION": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def configure(path: Path, *, level: int = logging.INFO, console: bool = False) -> None:
+    """Send every log record to `path` (appended) and, with `console`, our own warnings to stderr.
+
+    Safe to call again with another path: the earlier file is closed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter(FORMAT))
+    file.setLevel(level)
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) or type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+            handler.close()
+    root.addHandler(file)
+    root.setLevel(level)
+    for name in CHATTY:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.propagate = True
+    if console:
+        stream = logging.StreamHandler()
+        stream.setLevel(logging.WARNING)
+        stream.setFormatter(logging.Formatter("%(message)s"))
+        stream.addFilter(lambda record: record.name.split(".")[0] in OURS)
+        root.addHandler(stream)
+    logging.captureWarnings(True)

@@ -1,0 +1,211 @@
+"""Registered models: a version per set of weights, and the alias `champion` on the best one measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
+from rddm_dist.model.weights import load_safetensors
+from rddm_dist.tracking.store import ensure_experiment, open_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
+
+CHAMPION = "champion"
+EXPERIMENT = "rddm"  # of versions that belong to no run
+WEIGHTS_TAG, SCORE_TAG = "rddm.weights_digest", "rddm.score."
+# Two scores are comparable when these agree.
+COMPARED = ("protocol", "data_fingerprint", "images")
+REQUIREMENTS = ("rddm-dist", "torch", "numpy", "safetensors", "pydantic", "PyYAML", "mlflow")
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What became of a model: its version, whether the alias moved to it, why or why not, and its models:/ URI."""
+
+    version: str
+    alias_moved: bool
+    reason: str
+    model_uri: str
+
+
+def register(
+    model_path: str | Path,
+    *,
+    uri: str,
+    name: str,
+    digests: Mapping[str, str],
+    score: Mapping[str, Any] | None = None,
+    margin_db: float = 0.0,
+    run_id: str | None = None,
+) -> Registration:
+    """Make a .safetensors export a version of the registered model `name`; weights that are one already are left alone.
+
+    digests: weights (needed), data, config, code; score: psnr, protocol, data_fingerprint, images and whatever else is
+    to be recorded. The alias `champion` goes to the first version, and then to one whose PSNR, under the same protocol
+    on the same data, beats the champion's by `margin_db` and by more than nothing.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_. -]+", name):
+        raise ConfigError(f"model name {name!r} may hold letters, digits, '_', '.', '-' and blanks only")
+    _, config, _ = load_safetensors(model_path)
+    client = open_client(uri)
+    from mlflow import MlflowException
+
+    try:
+        known = _find_version(client, name, digests["weights"])
+        if known is None:
+            tags = {f"rddm.{key}_digest": value for key, value in digests.items()}
+            tags |= {f"{SCORE_TAG}{key}": str(value) for key, value in (score or {}).items()}
+            made = _create_version(client, Path(model_path), config, uri=uri, name=name, tags=tags, run_id=run_id)
+            moves, reason = _compare(_champion(client, name), score, margin_db)
+        else:
+            made = known
+            moves = _champion(client, name) is None
+            reason = f"these weights are version {known.version} already" + (", now champion" if moves else "")
+        if moves:
+            client.set_registered_model_alias(name, CHAMPION, made.version)
+    except (MlflowException, OSError) as error:
+        raise EnvironmentFault(f"registering {name} at {uri} failed: {str(error).splitlines()[0]}") from error
+    return Registration(str(made.version), moves, reason, f"models:/{name}/{made.version}")
+
+
+def resolve(model_uri: str, *, uri: str) -> Path:
+    """The local .safetensors file of models:/NAME@ALIAS or models:/NAME/VERSION; fetched if the store is remote."""
+    match = MODEL_URI.fullmatch(model_uri)
+    if match is None:
+        raise ModelError(f"model {model_uri} must look like models:/name@alias or models:/name/3")
+    client = open_client(uri)
+    import mlflow
+
+    name, alias = match["name"], match["alias"]
+    try:
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, match["version"])
+        folder = Path(mlflow.artifacts.download_artifacts(
+            artifact_uri=f"models:/{name}/{version.version}", tracking_uri=uri, registry_uri=uri,
+        ))  # fmt: skip
+    except mlflow.MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise EnvironmentFault(f"{uri} cannot be asked for {model_uri}: {str(error).splitlines()[0]}") from error
+        raise ModelError(_not_found(client, model_uri, name, uri)) from error
+    files = sorted(folder.glob("artifacts/*.safetensors"))
+    if not files:
+        raise ModelError(f"{model_uri} at {uri} holds no .safetensors weights: it was not registered by rddm")
+    return files[0]
+
+
+def _not_found(client: MlflowClient, model_uri: str, name: str, uri: str) -> str:
+    models = {model.name: model for model in client.search_registered_models()}
+    if name not in models:
+        return f"{model_uri} does not exist at {uri}; registered there: {', '.join(sorted(models)) or 'nothing'}"
+    known = [f"models:/{name}/{version.version}" for version in client.search_model_versions(f"name='{name}'")]
+    known += [f"models:/{name}@{alias}" for alias in sorted(models[name].aliases)]
+    return f"{model_uri} does not exist at {uri}; known: {', '.join(known) or 'no version'}"
+
+
+def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    for version in client.search_model_versions(f"name='{name}'"):
+        if version.tags.get(WEIGHTS_TAG) == digest:
+            return version
+    return None
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    """The version with the alias, or None."""
+    version = client.get_registered_model(name).aliases.get(CHAMPION)
+    return None if version is None else client.get_model_version(name, str(version))
+
+
+def _compare(champion: ModelVersion | None, score: Mapping[str, Any] | None, margin_db: float) -> tuple[bool, str]:
+    """Whether a new version with this score replaces the champion, and why."""
+    if champion is None:
+        return True, "there was no champion"
+    if not score or not math.isfinite(float(score["psnr"])):
+        return False, f"no score to compare with the champion, version {champion.version}"
+    theirs = {key: champion.tags.get(f"{SCORE_TAG}{key}") for key in (*COMPARED, "psnr")}
+    different = [key for key in COMPARED if str(score.get(key)) != str(theirs[key])]
+    if different or theirs["psnr"] is None:
+        what = ", ".join(different) or "psnr"
+        return False, f"not comparable with the champion, version {champion.version}: another {what}"
+    gain = float(score["psnr"]) - float(theirs["psnr"])
+    words = f"{gain:+.3f} dB against the champion, version {champion.version} (margin {margin_db:g} dB)"
+    return (gain > 0 and gain >= margin_db), words
+
+
+def _create_version(
+    client: MlflowClient,
+    model_path: Path,
+    config: Mapping[str, Any],
+    *,
+    uri: str,
+    name: str,
+    tags: dict[str, str],
+    run_id: str | None,
+) -> ModelVersion:
+    """Upload the weights with the code that runs them as a logged model, and make a version of it."""
+    from mlflow import MlflowException
+    from mlflow.models import Model
+
+    experiment = client.get_run(run_id).info.experiment_id if run_id else ensure_experiment(client, uri=uri, name=EXPERIMENT)
+    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="pyfunc")
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "model"
+        _write_pyfunc(local, model_path, config, Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id))
+        client.log_model_artifacts(logged.model_id, str(local))
+    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        name, source=f"models:/{logged.model_id}", run_id=run_id, tags=tags, model_id=logged.model_id
+    )
+
+
+def _write_pyfunc(folder: Path, model_path: Path, config: Mapping[str, Any], description: Any) -> None:
+    """The model folder: MLmodel, pyfunc.py as source, the weights as an artifact, the packages it needs."""
+    import mlflow.pyfunc
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    images = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))])
+    sample = config.get("sample", {})
+    params = ParamSchema(
+        [
+            ParamSpec("steps", "long", int(sample.get("steps", 5))),
+            ParamSpec("eta", "double", float(sample.get("eta", 0.0))),
+            ParamSpec("seed", "long", 0),
+        ]
+    )
+    mlflow.pyfunc.save_model(
+        path=str(folder),
+        python_model=str(Path(__file__).with_name("pyfunc.py")),
+        artifacts={"weights": str(model_path)},
+        signature=ModelSignature(inputs=images, outputs=images, params=params),
+        pip_requirements=_requirements(),
+        mlflow_model=description,
+    )
+
+
+def _requirements() -> list[str]:
+    """The installed versions (public part only: torch's +cpu is no version an index has)."""
+    pins = []
+    for package in REQUIREMENTS:
+        try:
+            pins.append(f"{package}=={importlib.metadata.version(package).partition('+')[0]}")
+        except importlib.metadata.PackageNotFoundError:
+            pins.append(package)  # run from a source tree
+    return pins

@@ -1,0 +1,1 @@
+"""Training: engine, EMA, checkpoints, the loop, and `train` that wires them together."""

@@ -1,0 +1,134 @@
+"""Everything about a run that can be checked before workers start: data, batch plan, what the folder already holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import choose_lanes
+from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, identity_digest, load_config, to_yaml
+from rddm_dist.training.plan import BatchPlan, make_plan
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE, IDENTITY_FILE = "config.yaml", "identity.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: where it lives, what it reads, how the batch is spread."""
+
+    config: Config
+    run_dir: Path
+    manifest: Manifest
+    plan: BatchPlan
+    lanes: int
+    is_continued: bool
+
+    @property
+    def data_fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+
+def run_dir_of(config: Config) -> Path:
+    if "://" in config.run.storage:
+        raise ConfigError(
+            f"run.storage={config.run.storage}: run folders on object storage are not supported yet; give a folder "
+            "that all workers can reach"
+        )
+    return Path(config.run.storage).resolve() / config.run.name
+
+
+def prepare(config: Config, *, world_size: int) -> Prepared:
+    """Check a run against its data and its folder without writing anything.
+
+    Raises ConfigError or DataError with the key to change.
+    """
+    if not config.data.uri:
+        raise ConfigError(
+            "data.uri is not set; give the dataset that `rddm pack` wrote, for example data.uri=data/train"
+        )
+    manifest = Manifest.load(config.data.uri)
+    _check_images(config, manifest)
+    if config.data.eval_uri:
+        Manifest.load(config.data.eval_uri)
+    plan = make_plan(
+        global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch
+    )
+    lanes = config.data.lanes or choose_lanes(len(manifest.shards), config.train.global_batch)
+    run_dir = run_dir_of(config)
+    is_continued = (run_dir / CONFIG_FILE).exists()
+    prepared = Prepared(config, run_dir, manifest, plan, lanes, is_continued)
+    if is_continued:
+        _check_continuation(prepared)
+    elif run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in ("logs", "ray")):
+        raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
+    return prepared
+
+
+def _check_images(config: Config, manifest: Manifest) -> None:
+    multiple = 2 ** (len(config.model.dim_mults) - 1)
+    smallest = min(manifest.min_width, manifest.min_height)
+    crop = config.data.crop
+    if crop > smallest:
+        raise ConfigError(
+            f"data.crop={crop} exceeds the smallest image side, {smallest} pixels, in {config.data.uri}; lower it"
+        )
+    if crop and crop % multiple:
+        raise ConfigError(
+            f"data.crop={crop} must be a multiple of {multiple} for model.dim_mults={list(config.model.dim_mults)}"
+        )
+    if not crop:
+        one_size = manifest.min_width == manifest.max_width and manifest.min_height == manifest.max_height
+        if not one_size:
+            raise ConfigError(
+                f"data.crop=0 trains on whole images, but {config.data.uri} holds sizes from {manifest.min_width}x"
+                f"{manifest.min_height} to {manifest.max_width}x{manifest.max_height}; set data.crop <= {smallest}"
+            )
+        if manifest.min_width % multiple or manifest.min_height % multiple:
+            raise ConfigError(
+                f"images of {manifest.min_width}x{manifest.min_height} are no multiple of {multiple}; set data.crop"
+            )
+    if config.model.condition == "input_mask" and not manifest.has_mask:
+        raise ConfigError(
+            f"model.condition=input_mask needs masks, {config.data.uri} has none; pack with --mask or use input"
+        )
+
+
+def _check_continuation(prepared: Prepared) -> None:
+    """Compare with what the folder was started with: identity keys must agree, extendable ones may move."""
+    run_dir, config = prepared.run_dir, prepared.config
+    earlier = load_config(run_dir / CONFIG_FILE)
+    changed = differences(earlier, config, IDENTITY)
+    if changed:
+        raise ConfigError(
+            f"{run_dir} was started with other settings ({'; '.join(changed)}); give those back or choose another "
+            "run.name"
+        )
+    fingerprint = json.loads((run_dir / IDENTITY_FILE).read_text())["data_fingerprint"]
+    if fingerprint != prepared.data_fingerprint:
+        raise ConfigError(
+            f"{run_dir} was started on other data (fingerprint {fingerprint[:12]}, {config.data.uri} has "
+            f"{prepared.data_fingerprint[:12]}); point data.uri to the same dataset or choose another run.name"
+        )
+    for change in differences(earlier, config, EXTENDABLE):
+        log.info("continuing with %s", change)
+
+
+def write_identity(prepared: Prepared) -> None:
+    """Write config.yaml and identity.json into the run folder; config.yaml last, it makes the folder a run."""
+    prepared.run_dir.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "config_digest": identity_digest(prepared.config),
+        "data_fingerprint": prepared.data_fingerprint,
+        "lanes": prepared.lanes,
+    }
+    for name, text in ((IDENTITY_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, to_yaml(prepared.config))):
+        temporary = prepared.run_dir / f".{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, prepared.run_dir / name)

@@ -1,0 +1,126 @@
+"""What rank 0 tells the world about a run: the journal first, then MLflow, previews and the caller."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from rddm_dist import comm
+from rddm_dist.config import identity_digest, iter_keys
+from rddm_dist.tracking.journal import Journal
+from rddm_dist.training.prepare import CONFIG_FILE, Prepared
+
+if TYPE_CHECKING:
+    from rddm_dist.tracking.mlflow_tracker import MlflowTracker
+
+log = logging.getLogger(__name__)
+
+JOURNAL_FILE = "metrics.jsonl"
+EventHandler = Callable[[dict[str, Any]], None]
+
+
+class Reporting:
+    """On rank 0 everything goes to the journal and from there on; on other ranks every method does nothing."""
+
+    def __init__(self, prepared: Prepared, on_event: EventHandler) -> None:
+        self._prepared, self._on_event = prepared, on_event
+        self._journal: Journal | None = None
+        self._tracker: MlflowTracker | None = None
+        if comm.rank() == 0:
+            self._journal = Journal(prepared.run_dir / JOURNAL_FILE)
+
+    def track_with(self, tracker: MlflowTracker) -> None:
+        self._tracker = tracker
+
+    def event(self, name: str, **values: Any) -> None:
+        """Append one record to the journal and hand it to the caller."""
+        if self._journal is None:
+            return
+        record = {"time": time.time(), "event": name, **values}
+        self._journal.append(record)
+        self._on_event(record)
+
+    def metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        if metrics:
+            samples = step * self._prepared.config.train.global_batch
+            self.event("metrics", step=step, samples_seen=samples, metrics=metrics)
+
+    def preview(self, step: int, grid: Image.Image) -> None:
+        """Keep a grid of restored images."""
+        path = self._prepared.run_dir / "samples" / f"step-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+        self._artifact(path, "samples")
+
+    def saved(self, step: int, path: Path) -> None:
+        self.event("saved", step=step, path=str(path))
+
+    def exported(self, path: Path) -> None:
+        self._artifact(path, "model")
+
+    def finished(self, status: str, step: int, reason: str, *, seconds: float) -> None:
+        self.event("finished", status=status, step=step, reason=reason, seconds=round(seconds, 3))
+
+    def close(self, status: str) -> None:
+        """Flush and close; `status` is done, stopped or failed."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._tracker is not None:
+            self._tracker.close({"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])
+
+    def _artifact(self, path: Path, folder: str) -> None:
+        if self._tracker is not None:
+            self._tracker.log_artifact(path, folder)
+
+
+def open_reporting(prepared: Prepared, on_event: EventHandler, *, step: int, device: str) -> Reporting:
+    """Open the journal and, on rank 0, the MLflow run. All ranks call it; they fail together when tracking is away."""
+    reporting = Reporting(prepared, on_event)
+    error: Exception | None = None
+    if comm.rank() == 0:
+        reporting.event(
+            "resumed" if step else "started",
+            step=step,
+            steps=prepared.config.train.steps,
+            world_size=prepared.plan.world_size,
+            device=device,
+            plan=prepared.plan.describe(),
+        )
+        try:
+            if prepared.config.tracking.backend == "mlflow":
+                reporting.track_with(_start_tracker(prepared))
+        except Exception as failure:  # raised below, on every worker together
+            error = failure
+    comm.raise_together(error)
+    return reporting
+
+
+def _start_tracker(prepared: Prepared) -> MlflowTracker:
+    from rddm_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
+
+    config = prepared.config
+    tracker = MlflowTracker(
+        prepared.run_dir,
+        uri=config.tracking.uri or default_uri(config.run.storage),
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+    )
+    tracker.start(
+        params={name: value for name, _, value in iter_keys(config)},
+        tags={
+            "rddm.data_fingerprint": prepared.data_fingerprint,
+            "rddm.data_uri": config.data.uri,
+            "rddm.config_digest": identity_digest(config),
+            "rddm.run_dir": str(prepared.run_dir),
+            "rddm.batch_plan": prepared.plan.describe(),
+        },
+        journal=prepared.run_dir / JOURNAL_FILE,
+        dataset=(config.data.uri, prepared.data_fingerprint),
+    )
+    tracker.log_artifact(prepared.run_dir / CONFIG_FILE, "config")
+    return tracker

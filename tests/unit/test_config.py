@@ -1,0 +1,106 @@
+"""Configuration: what is accepted, what is refused with which line, and which keys may change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from rddm_dist.config import (
+    EXECUTION,
+    EXTENDABLE,
+    IDENTITY,
+    Config,
+    differences,
+    identity_digest,
+    iter_keys,
+    load_config,
+    to_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.run.name == path.stem
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_every_key_has_a_class_and_a_description() -> None:
+    classes = {kind for _, kind, _ in iter_keys(Config())}
+    assert classes == {IDENTITY, EXTENDABLE, EXECUTION}
+    for section in Config.model_fields.values():
+        for name, field in type(section.default).model_fields.items():
+            assert name == "schedule" or field.description, name
+
+
+def test_overrides_are_yaml_values(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {steps: 5}")
+    config = load_config(
+        path, ["train.steps=7", "model.dim_mults=[1, 2]", "diffusion.schedule.kind=power", "optim.lr=1e-4"]
+    )
+    assert config.train.steps == 7
+    assert config.model.dim_mults == (1, 2)
+    assert config.diffusion.schedule.kind == "power"
+    assert config.optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=3", "unknown key train.stepz; did you mean train.steps?"),
+        ("trian.steps=3", "did you mean train"),
+        ("train.steps=0", "train.steps=0: input should be greater than or equal to 1"),
+        ("train.steps=many", "train.steps='many'"),
+        ("model.dim=12", "dim=12 must be a multiple of 8"),
+        ("model.num_nets=1", "set model.num_nets=2"),
+        ("diffusion.objective=pred_all", "diffusion.objective='pred_all'"),
+        ("optim.schedule=cosine", "optim.decay_steps=0 must exceed optim.warmup_steps=0"),
+        ("data.lanes=3", "data.lanes=3 does not divide train.global_batch=16"),
+        ("diffusion.residual_clip=[1, -1]", "must be increasing"),
+        ("sample.steps=2000", "sample.steps=2000 exceeds diffusion.num_timesteps=1000"),
+        ("train=3", "must have the form section.key=value"),
+        ("steps", "must have the form section.key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_says_what_to_change(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, ""), [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "absent.yaml")
+    for text in ("a: [1", "- 1\n- 2"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(tmp_path, text))
+        assert "\n" not in str(caught.value)
+
+
+def test_only_identity_keys_change_the_digest(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    base = load_config(path)
+    for override in ("train.steps=7", "engine.zero_stage=3", "data.uri=elsewhere", "train.micro_batch=1"):
+        assert identity_digest(load_config(path, [override])) == identity_digest(base)
+    for override in ("optim.lr=1e-3", "train.global_batch=8", "train.seed=1", "diffusion.sum_scale=0.01"):
+        changed = load_config(path, [override])
+        assert identity_digest(changed) != identity_digest(base)
+        assert len(differences(base, changed, IDENTITY)) == 1
+
+
+def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, ""), ["data.uri=here/data", "data.eval_uri=s3://bucket/eval"])
+    assert config.data.uri == str(Path("here/data").absolute())
+    assert config.data.eval_uri == "s3://bucket/eval"

@@ -1,0 +1,117 @@
+"""The order of the run, by brute force."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.order import Order, choose_lanes, rank_rows
+
+COUNTS = [(1,), (5,), (1, 1, 1), (4, 4, 4), (3, 7, 1, 5), (2, 9, 4, 4, 1, 1, 6, 3), (13, 2)]
+
+
+def _run(order: Order, first: int, last: int) -> list[tuple[int, int, int]]:
+    return [tuple(row) for row in np.stack(order.locate(np.arange(first, last)), axis=1).tolist()]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 6, 12])
+def test_every_sample_comes_exactly_once_per_epoch(counts: tuple[int, ...], lanes: int) -> None:
+    order = Order(counts, seed=3, lanes=lanes)
+    everything = sorted((shard, offset) for shard, count in enumerate(counts) for offset in range(count))
+    total = len(everything)
+    rows = _run(order, 0, 4 * total)
+    for epoch in range(4):
+        part = rows[epoch * total : (epoch + 1) * total]
+        assert {row[0] for row in part} == {epoch}
+        assert sorted(row[1:] for row in part) == everything
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(
+    "global_batch, lanes, world_size",
+    [(1, 1, 1), *((batch, lanes, world) for batch, lanes in ((4, 2), (6, 3), (8, 8), (12, 4)) for world in (1, 2, 3, 4))],
+)
+def test_the_ranks_together_read_the_run_whatever_their_number(
+    counts: tuple[int, ...], global_batch: int, lanes: int, world_size: int
+) -> None:
+    order = Order(counts, seed=9, lanes=lanes)
+    steps = -(-3 * sum(counts) // global_batch)
+    seen: dict[int, tuple[int, ...]] = {}
+    for rank in range(world_size):
+        own = Order(counts, seed=9, lanes=lanes)  # each rank has its own, and starts where it likes
+        for step in reversed(range(steps)):
+            positions = rank_rows(step, global_batch=global_batch, rank=rank, world_size=world_size)
+            assert len(positions) in (global_batch // world_size, -(-global_batch // world_size))
+            for position, *place in zip(positions.tolist(), *(part.tolist() for part in own.locate(positions)), strict=True):
+                assert position not in seen
+                seen[position] = tuple(place)
+    whole = _run(order, 0, steps * global_batch)
+    assert [seen[position] for position in range(steps * global_batch)] == whole
+
+
+def test_starting_anywhere_gives_what_a_run_from_zero_gives() -> None:
+    counts = (3, 7, 1, 5)
+    whole = _run(Order(counts, seed=1, lanes=2), 0, 100)
+    for start in range(0, 100, 7):
+        assert _run(Order(counts, seed=1, lanes=2), start, 100) == whole[start:]
+
+
+def test_locating_one_position_at_a_time_or_in_any_order_changes_nothing() -> None:
+    order = Order((3, 7, 1, 5), seed=1, lanes=4)
+    positions = np.array([40, 3, 3, 17, 0, 63, 31, 32])
+    together = np.stack(order.locate(positions), axis=1)
+    single = np.concatenate([np.stack(order.locate(np.array([position])), axis=1) for position in positions])
+    assert np.array_equal(together, single)
+
+
+def test_epochs_and_seeds_shuffle_shards_and_samples_anew() -> None:
+    counts = (50,) * 8
+    order = Order(counts, seed=1, lanes=1)
+    first, second = _run(order, 0, 400), _run(order, 400, 800)
+    other = _run(Order(counts, seed=2, lanes=1), 0, 400)
+
+    def shards_of(rows: list[tuple[int, int, int]]) -> list[int]:
+        return [row[1] for row in rows[::50]]
+
+    assert shards_of(first) != shards_of(second) and shards_of(first) != shards_of(other)
+    offsets = [[row[2] for row in rows if row[1] == 0] for rows in (first, second, other)]
+    assert offsets[0] != offsets[1] and offsets[0] != offsets[2] and offsets[0] != list(range(50))
+
+
+def test_each_lane_reads_its_shards_one_after_the_other() -> None:
+    lanes, counts = 4, (20,) * 40
+    _, shards, _ = Order(counts, seed=5, lanes=lanes).locate(np.arange(800))
+    for lane in range(lanes):
+        runs = 1 + np.count_nonzero(np.diff(shards[lane::lanes]))
+        assert runs == len(counts) // lanes
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 40, 100, 1000, 100_000])
+@pytest.mark.parametrize("global_batch", [1, 6, 7, 8, 16, 100, 512])
+def test_lanes_divide_the_batch_and_follow_the_shards(num_shards: int, global_batch: int) -> None:
+    lanes = choose_lanes(num_shards, global_batch)
+    assert global_batch % lanes == 0
+    assert lanes <= max(1, min(num_shards, 8), num_shards // 10)
+
+
+def test_a_billion_samples_start_within_a_second() -> None:
+    started = time.perf_counter()
+    order = Order(np.full(100_000, 10_000), seed=0, lanes=512)
+    positions = rank_rows(10**9 // 512, global_batch=512, rank=17, world_size=512)
+    epoch, shard, offset = order.locate(positions)
+    assert time.perf_counter() - started < 1.0
+    assert int(epoch[0]) == int(positions[0]) // 10**9
+    assert 0 <= int(shard[0]) < 100_000 and 0 <= int(offset[0]) < 10_000
+
+
+def test_empty_shards_and_no_lanes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one sample"):
+        Order((3, 0), seed=0, lanes=1)
+    with pytest.raises(ConfigError, match="at least one shard"):
+        Order((), seed=0, lanes=1)
+    with pytest.raises(ConfigError, match=r"data\.lanes"):
+        Order((3,), seed=0, lanes=0)
