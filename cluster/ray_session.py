@@ -25,18 +25,15 @@ def ray_session(*, cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # The C++ core writes to the console of every process; what matters of it is in Ray's session folder too.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    local = {
+        "num_cpus": max(cpus, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+    }
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
+        with _quiet_core():
             ray.init(
-                num_cpus=max(cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                log_to_driver=False, logging_level=logging.ERROR, **({} if os.environ.get("RAY_ADDRESS") else local)
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"cannot start or reach Ray: {' '.join(str(error).split())[:300]}") from error
@@ -44,6 +41,21 @@ def ray_session(*, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_core() -> Iterator[None]:
+    """Keep Ray's C++ core off this console (what matters of it is in Ray's session folder). It announces that it was told
+    to be quiet, straight to file descriptor 2."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def require_resources(*, cpus: float, gpus: float) -> None:

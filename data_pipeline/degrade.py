@@ -31,11 +31,11 @@ def rain(
     angle = max_angle * (2.0 * float(uniform(seed, "rain_angle", ids, count=1)) - 1.0)
     slope = math.tan(math.radians(angle))
     margin = math.ceil(abs(slope) * length) + 1  # streaks that start outside the image reach into it
-    drops = normal_image(seed, "rain_drops", ids, channels=2, height=height + length - 1, width=width + 2 * margin)[
-        0
-    ].numpy()
-    brightness = 0.5 + 0.5 * np.minimum(np.abs(drops[1]) / 2.0, 1.0)
-    heads = np.where(drops[0] > NormalDist().inv_cdf(1.0 - density), brightness, np.float32(0.0))
+    rows, columns = height + length - 1, width + 2 * margin
+    drops = normal_image(seed, "rain_drops", ids, channels=2, height=rows, width=columns)
+    presence, glare = drops[0].numpy()
+    brightness = 0.5 + 0.5 * np.minimum(np.abs(glare) / 2.0, 1.0)
+    heads = np.where(presence > NormalDist().inv_cdf(1.0 - density), brightness, np.float32(0.0))
     streaks = np.zeros((height, width), np.float32)
     for row in range(length):
         left = margin + round(row * slope)

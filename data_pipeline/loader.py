@@ -18,7 +18,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, rank_rows
-from data_pipeline.reader import EvalEntry, eval_index, load_index, read_entry, read_sample
+from data_pipeline.reader import EvalEntry, eval_index, load_index, read_images, read_sample
 from data_pipeline.records import Sample
 from data_pipeline.shards import Entry
 from data_pipeline.transforms import Augment, cut, draw_augments
@@ -122,23 +122,22 @@ class _Rows:
                 shard_index, offset = int(shards[0]), int(offsets[0])
             entry = self._index(shard_index)[offset]
             try:
-                sample = read_entry(self._uri, self._manifest.shards[shard_index], entry)
-                self._fill(arrays, row, sample, augment)
-                return sample.key
+                self._fill(arrays, row, entry, shard_index, augment)
+                return entry.key
             except BadSample as error:
                 reason = str(error)
                 self._report(entry.key, reason)
         raise DataError(f"{self._uri}: {1 + MAX_SUBSTITUTES} samples in a row cannot be read, the last: {reason}")
 
-    def _fill(self, arrays: dict[str, np.ndarray], row: int, sample: Sample, augment: Augment) -> None:
-        height, width = sample.input.shape[:2]
-        if min(height, width) < self._crop or (not self._crop and (height, width) != self.shape):
-            raise BadSample(f"{sample.key} is {width}x{height}, which the manifest's range of sizes excludes")
-        images = {"input": sample.input, "target": sample.target}
-        if sample.mask is not None:
-            images["mask"] = sample.mask
-        for field, image in images.items():
+    def _fill(self, arrays: dict[str, np.ndarray], row: int, entry: Entry, shard_index: int, augment: Augment) -> None:
+        size = (entry.height, entry.width)
+        if min(size) < self._crop or (not self._crop and size != self.shape):
+            raise BadSample(
+                f"{entry.key} is {entry.width}x{entry.height}, which the manifest's range of sizes excludes"
+            )
+        for field, image in read_images(self._uri, self._manifest.shards[shard_index], entry):
             arrays[field][row] = cut(image, augment, crop=self._crop).transpose(2, 0, 1)
+            del image  # before the next one is decoded: see decode_images
 
     def _load_index(self, shard_index: int) -> tuple[Entry, ...]:
         return load_index(self._uri, self._manifest.shards[shard_index], has_mask=self._manifest.has_mask)

@@ -80,10 +80,9 @@ def pack(
             progress(done // 2, len(pairs))  # a pair is handled twice: checked, then written
 
     with _Pool(jobs or os.cpu_count() or 1) as pool:
-        if storage.exists(storage.join(out, MANIFEST_NAME)):
+        if _is_dataset(out):
             digests = pool.map(lambda pair: {field: _digest(_read(path)) for field, path in pair.files.items()}, pairs)
             return _reuse(out, _source_digest(settings, zip(pairs, digests, strict=True)))
-        _check_target(out)
         checked = []
         for row in pool.map(_check_pair, pairs):
             checked.append(row)
@@ -118,17 +117,23 @@ def _check_arguments(pairs: Sequence[Pair], *, shard_mb: float, codec: str, jobs
         )
 
 
-def _check_target(out: str) -> None:
-    if storage.is_local(out):
-        path = storage.local_path(out)
-        if path.exists() and not path.is_dir():
-            raise DataError(f"--out {out} is a file; give a folder")
-        for name in storage.list_names(out):
-            if name.startswith(STAGING_PREFIX):
-                shutil.rmtree(path / name)  # left by a pack that was killed
-    names = storage.list_names(out)
+def _is_dataset(out: str) -> bool:
+    """Whether `out` holds a dataset; if not, it must be free for one."""
+    try:
+        if storage.exists(storage.join(out, MANIFEST_NAME)):
+            return True
+        if storage.is_local(out):
+            path = storage.local_path(out)
+            if path.exists() and not path.is_dir():
+                raise DataError(f"--out {out} is a file; give a folder")
+            for leftover in path.glob(f"{STAGING_PREFIX}*"):
+                shutil.rmtree(leftover)  # of a pack that was killed
+        names = storage.list_names(out)
+    except OSError as error:
+        raise EnvironmentFault(f"--out {out} cannot be used: {error.strerror or error}") from error
     if names:
         raise DataError(f"--out {out} holds {names[0]} but no dataset; give another folder or empty it")
+    return False
 
 
 def _reuse(out: str, source_digest: str) -> PackResult:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardInfo
-from data_pipeline.records import Sample, decode_sample
+from data_pipeline.records import Sample, decode_images
 from data_pipeline.shards import Entry, parse_index, read_members
 
 
@@ -37,20 +40,25 @@ def load_index(uri: str, shard: ShardInfo, *, has_mask: bool) -> tuple[Entry, ..
     return parse_index(data, source=source, count=shard.count, shard_bytes=shard.bytes, has_mask=has_mask)
 
 
-def read_entry(uri: str, shard: ShardInfo, entry: Entry) -> Sample:
-    """Read and decode a sample. Raises BadSample when its bytes are no images, DataError when the shard is gone."""
+def read_images(uri: str, shard: ShardInfo, entry: Entry) -> Iterator[tuple[str, np.ndarray]]:
+    """(field, pixels) of a sample's images, (H, W, 3) or for masks (H, W, 1) uint8, decoded one after the other.
+
+    Raises BadSample when its bytes are no images, DataError when the shard is gone.
+    """
     tar = storage.join(uri, shard.name)
     try:
         members = read_members(tar, entry)
     except OSError as error:
         raise DataError(f"{tar} cannot be read: {error}") from error
-    return decode_sample(entry.key, entry.name, members)
+    return decode_images(entry.key, members, width=entry.width, height=entry.height)
 
 
 def read_sample(uri: str, manifest: Manifest, shard_index: int, offset: int) -> Sample:
     """The sample at a place, whole."""
     shard = manifest.shards[shard_index]
-    return read_entry(uri, shard, _recent_index(uri, shard, manifest.has_mask)[offset])
+    entry = _recent_index(uri, shard, manifest.has_mask)[offset]
+    images = dict(read_images(uri, shard, entry))
+    return Sample(entry.key, entry.name, images["input"], images["target"], images.get("mask"))
 
 
 def eval_index(uri: str, manifest: Manifest) -> list[EvalEntry]:

@@ -10,11 +10,11 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.errors import BadSample, ConfigError
 
@@ -37,7 +37,7 @@ MAX_SIDE = (1 << 16) - 1  # counted random numbers address rows and columns with
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")  # a tar name without folders has room for 100 characters
 EXIF_ORIENTATION = 0x0112
 
-# What Pillow's readers raise on damaged files, besides its own UnidentifiedImageError (an OSError).
+# What Pillow's readers raise on damaged files.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -83,6 +83,8 @@ def decode_image(data: bytes, extension: str, *, channels: int) -> np.ndarray:
             width, height = image.size
             _check_size(width, height)
             return _to_array(image, channels=channels)
+    except UnidentifiedImageError as error:
+        raise BadSample(f"not a readable {extension} image: its content is of no known format") from error
     except DECODE_ERRORS as error:
         raise BadSample(f"not a readable {extension} image: {' '.join(str(error).split())}") from error
 
@@ -119,22 +121,27 @@ def encode_meta(*, key: str, name: str, width: int, height: int) -> bytes:
     return json.dumps({"height": height, "key": key, "name": name, "width": width}, ensure_ascii=True).encode()
 
 
-def decode_sample(key: str, name: str, members: Mapping[str, tuple[str, bytes]]) -> Sample:
-    """Decode the images of a sample.   members: field -> (extension, bytes)
+def decode_images(
+    key: str, members: Mapping[str, tuple[str, bytes]], *, width: int, height: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(field, pixels) of a sample's images, one after the other.   members: field -> (extension, bytes)
 
-    Raises BadSample, naming the member, for what cannot be read or when sizes differ.
+    One at a time, so that who keeps no more than a window lets the allocator use the same memory again: holding two
+    512x512 images cost 1 ms of page faults a pair. Raises BadSample, naming the member, for what cannot be read or has
+    another size.
     """
-    images: dict[str, np.ndarray] = {}
     for field, (extension, data) in members.items():
-        try:
-            images[field] = decode_image(data, extension, channels=1 if field == "mask" else 3)
-        except BadSample as error:
-            raise BadSample(f"{key}.{field}.{extension}: {error}") from error
-    shape = images["input"].shape[:2]
-    for field, image in images.items():
-        if image.shape[:2] != shape:
-            raise BadSample(f"{key}: input is {shape[1]}x{shape[0]}, {field} {image.shape[1]}x{image.shape[0]}")
-    return Sample(key, name, images["input"], images["target"], images.get("mask"))
+        yield field, _decode_member(f"{key}.{field}.{extension}", data, extension, field=field, shape=(height, width))
+
+
+def _decode_member(name: str, data: bytes, extension: str, *, field: str, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        image = decode_image(data, extension, channels=1 if field == "mask" else 3)
+    except BadSample as error:
+        raise BadSample(f"{name}: {error}") from error
+    if image.shape[:2] != shape:
+        raise BadSample(f"{name} is {image.shape[1]}x{image.shape[0]}, the index says {shape[1]}x{shape[0]}")
+    return image
 
 
 def _check_size(width: int, height: int) -> None:

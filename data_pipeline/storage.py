@@ -79,7 +79,10 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none."""
     if not is_local(uri):
         filesystem, place = _remote(uri)
-        filesystem.pipe_file(place, data)
+        try:
+            filesystem.pipe_file(place, data)
+        except NotImplementedError as error:
+            raise ConfigError(f"{uri} cannot be written; give a folder or an s3:// URL") from error
         return
     path = local_path(uri)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")

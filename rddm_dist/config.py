@@ -233,7 +233,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or len(parts) < 2 or not all(parts):
         raise ConfigError(f"override {override!r} must have the form section.key=value, for example train.steps=2000")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text.strip() else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     node = values

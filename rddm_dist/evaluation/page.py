@@ -23,7 +23,8 @@ box-shadow:var(--shadow)}
 font-variant-numeric:tabular-nums;margin:3px 0 2px}.tile b small{font-size:15px;font-weight:600;color:var(--muted)}
 .tile span{color:var(--muted);font-size:13px}.tile.good b{color:var(--good)}.tile.bad b{color:var(--bad)}
 .cards{display:grid;gap:16px}
-.card{padding:14px 16px 16px}.card header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline;margin-bottom:10px}
+.card{padding:14px 16px 16px}
+.card header{display:flex;flex-wrap:wrap;gap:4px 14px;align-items:baseline;margin-bottom:10px}
 .card header b{font-size:15px;overflow-wrap:anywhere}.card header span{color:var(--muted);font-size:13px}
 .triple{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:10px}
 .triple figure{margin:0}.triple button{all:unset;display:block;width:100%;cursor:zoom-in;border-radius:7px}
@@ -57,7 +58,8 @@ code,pre{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{margin:0;padding:13px 16px;overflow-x:auto;background:var(--soft);border-radius:9px;white-space:pre-wrap;
 overflow-wrap:anywhere}
 .command{position:relative}.command button{position:absolute;top:8px;right:8px}
-details{padding:12px 16px;margin-top:14px}summary{cursor:pointer;font-weight:600;font-size:14px}details pre{margin-top:12px}
+details{padding:12px 16px;margin-top:14px}summary{cursor:pointer;font-weight:600;font-size:14px}
+details pre{margin-top:12px}
 .plain{font:inherit;font-size:13px;color:var(--text);background:var(--card);border:1px solid var(--line);
 border-radius:7px;padding:3px 11px;cursor:pointer}.plain[aria-pressed=true]{background:var(--accent);color:var(--bg);
 border-color:var(--accent)}
@@ -70,7 +72,8 @@ touch-action:none;cursor:ew-resize}
 .stage img+img{position:absolute;inset:0;clip-path:inset(0 0 0 var(--at,50%))}
 .stage::after{content:"";position:absolute;top:0;bottom:0;left:var(--at,50%);width:2px;margin-left:-1px;background:#fff;
 box-shadow:0 0 4px rgba(0,0,0,.8)}
-.stage span{position:absolute;bottom:8px;z-index:1;background:rgba(10,14,20,.72);color:#fff;font-size:12.5px;line-height:1;
+.stage span{position:absolute;bottom:8px;z-index:1;
+background:rgba(10,14,20,.72);color:#fff;font-size:12.5px;line-height:1;
 padding:5px 9px;border-radius:6px}.stage .left{left:8px}.stage .right{right:8px}
 dialog input{width:100%;margin:12px 0 0;accent-color:var(--accent)}
 @media (max-width:640px){main{padding:22px 14px 40px}.triple{gap:6px}}
@@ -116,7 +119,8 @@ if (viewer) {
     pairs.forEach(button => button.setAttribute("aria-pressed", button.dataset.pair === pair));
   };
   const open = (index, side) => {
-    current = index; pair = side === "target" ? "restored target" : "input restored"; at(50); show(); viewer.showModal();
+    current = index; pair = side === "target" ? "restored target" : "input restored";
+    at(50); show(); viewer.showModal();
   };
   cards.forEach((card, index) => card.querySelectorAll(".triple button").forEach(button =>
     button.addEventListener("click", () => open(index, button.firstElementChild.dataset.side))));

@@ -1,4 +1,4 @@
-"""Protocols: named, complete statements of how a score is computed. Scores of different protocols are never compared."""
+"""Protocols: named, complete statements of how a score is computed. Scores of two protocols are never compared."""
 
 from __future__ import annotations
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
 from rddm_dist.evaluation.charts import Series, line_chart
+from rddm_dist.evaluation.gallery import ReportImage, decimals, gain, gallery, load_report_images
 from rddm_dist.evaluation.page import render_page
 from rddm_dist.evaluation.summary import write_text
 from rddm_dist.tracking.store import default_uri
@@ -25,11 +19,6 @@ if TYPE_CHECKING:
     from rddm_dist.evaluation.baseline import Baseline
     from rddm_dist.loading import Model
 
-MAX_IMAGES = 24
-MAX_SIDE = 640  # larger images are shown reduced
-PNG_BYTES = 64 * 1024  # what compresses worse than this is shown as JPEG
-SIDES = ("input", "restored", "target")
-
 COLUMNS = (
     ("input_psnr", "input PSNR, dB", 2),
     ("psnr", "restored PSNR, dB", 2),
@@ -37,16 +26,6 @@ COLUMNS = (
     ("input_ssim", "input SSIM", 4),
     ("ssim", "restored SSIM", 4),
 )
-
-
-@dataclass(frozen=True)
-class ReportImage:
-    """One held-out image; input, restored, target: (H, W, 3) uint8 of one size."""
-
-    key: str
-    input: np.ndarray
-    restored: np.ndarray
-    target: np.ndarray
 
 
 def write_report(
@@ -90,13 +69,13 @@ def write_demo_report(
     folder.mkdir(parents=True, exist_ok=True)
     if images is None:
         images = load_report_images(report, images_dir=folder / "images")
-    config = model.config
+    config, steps = model.config, report["sampler"]["steps"]
     store = config.tracking.uri or default_uri(config.run.storage)
     mlflow = {"run": summary["mlflow_run_id"], "experiment": config.tracking.experiment, "store": store}
     body = _demo_tiles(summary, baseline.name, journal) + _body(
         report,
         images,
-        command=f"rddm demo\nrddm evaluate {run_dir} --data {summary['eval_data']} --steps {report['sampler']['steps']}",
+        command=f"rddm demo\nrddm evaluate {run_dir} --data {summary['eval_data']} --steps {steps}",
         journal=journal,
         config=to_yaml(config),
         mlflow={**mlflow, "model": summary["model_uri"], "look at it": f"mlflow ui --backend-store-uri {store}"},
@@ -104,43 +83,6 @@ def write_demo_report(
     path = folder / "index.html"
     write_text(path, render_page("RDDM demo: restoring rainy photographs", _lead(report), body))
     return path
-
-
-def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: int = MAX_IMAGES) -> list[ReportImage]:
-    """Up to `limit` images of an evaluation that kept its results as `images_dir`/KEY.png, by key.
-
-    Of more images those evenly spread from the lowest to the highest PSNR are taken. A file that is not the result of
-    this evaluation (another sha256 than in the report) is left out.
-    """
-    from data_pipeline.loader import eval_index, read_sample
-    from data_pipeline.manifest import Manifest
-
-    kept = [row for row in report["images"] if (images_dir / f"{row['key']}.png").is_file()]
-    if not kept:
-        return []
-    chosen = {row["key"]: row for row in _spread(kept, limit)}
-    uri = report["data"]["uri"]
-    manifest = Manifest.load(uri)
-    images = []
-    for entry in eval_index(uri, manifest):
-        row = chosen.get(entry.key)
-        if row is None:
-            continue
-        restored = np.asarray(Image.open(images_dir / f"{entry.key}.png").convert("RGB"))
-        if hashlib.sha256(restored.tobytes()).hexdigest() != row["restored_sha256"]:
-            continue
-        sample = read_sample(uri, manifest, entry.shard_index, entry.offset)
-        images.append(ReportImage(entry.key, sample.input, restored, sample.target))
-    return images
-
-
-def _spread(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    """At most `limit` rows, evenly spread over their PSNR, with the lowest and the highest."""
-    if len(rows) <= limit:
-        return list(rows)
-    ranked = sorted(rows, key=lambda row: (float(row["psnr"]), row["key"]))
-    last = len(ranked) - 1
-    return [ranked[round(i * last / max(1, limit - 1))] for i in range(limit)]
 
 
 def _lead(report: Mapping[str, Any]) -> str:
@@ -156,9 +98,9 @@ def _score_tiles(report: Mapping[str, Any]) -> str:
     mean = {name: value["mean"] for name, value in scores.items()}
     return _tiles(
         [
-            ("restored PSNR", _decimals(mean["psnr"], 2), "dB", f"input {_decimals(mean['input_psnr'], 2)} dB", ""),
+            ("restored PSNR", decimals(mean["psnr"], 2), "dB", f"input {decimals(mean['input_psnr'], 2)} dB", ""),
             _gain_tile("gain over input", mean["gain_db"], "mean over images"),
-            ("restored SSIM", _decimals(mean["ssim"], 4), "", f"input {_decimals(mean['input_ssim'], 4)}", ""),
+            ("restored SSIM", decimals(mean["ssim"], 4), "", f"input {decimals(mean['input_ssim'], 4)}", ""),
             ("images", str(len(report["images"])), "", _exceptions(scores["psnr"]), ""),
         ]
     )
@@ -168,13 +110,13 @@ def _demo_tiles(summary: Mapping[str, Any], baseline: str, journal: Sequence[Map
     restored, filtered = summary["restored_psnr"], summary["baseline_psnr"]
     rates = [rate for _, rate in _points(journal, "perf/images_per_s")]
     rate_note = f"{statistics.median(rates):.1f} images/s" if rates else ""
-    ssim_note = f"input {_decimals(summary['input_ssim'], 4)}"
+    ssim_note = f"input {decimals(summary['input_ssim'], 4)}"
     return _tiles(
         [
-            ("restored PSNR", _decimals(restored, 2), "dB", f"input {_decimals(summary['input_psnr'], 2)} dB", ""),
+            ("restored PSNR", decimals(restored, 2), "dB", f"input {decimals(summary['input_psnr'], 2)} dB", ""),
             _gain_tile("gain over input", summary["gain_db"], "mean over images"),
-            _gain_tile("gain over best filter", restored - filtered, f"{baseline}: {_decimals(filtered, 2)} dB"),
-            ("restored SSIM", _decimals(summary["restored_ssim"], 4), "", ssim_note, ""),
+            _gain_tile("gain over best filter", restored - filtered, f"{baseline}: {decimals(filtered, 2)} dB"),
+            ("restored SSIM", decimals(summary["restored_ssim"], 4), "", ssim_note, ""),
             ("training", f"{summary['train_seconds']:.0f}", "s", f"{summary['train_steps']} steps, {rate_note}", ""),
             ("everything", f"{summary['wall_seconds']:.0f}", "s", "packing to report", ""),
         ]
@@ -206,7 +148,7 @@ def _body(
     config: str,
     mlflow: Mapping[str, str] | None,
 ) -> str:
-    parts = [_gallery(report, images), _score_table(report), _training_charts(journal), _facts(report, mlflow)]
+    parts = [gallery(report, images), _score_table(report), _training_charts(journal), _facts(report, mlflow)]
     if config:
         parts.append(f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>")
     parts.append(
@@ -215,52 +157,11 @@ def _body(
     return "".join(parts)
 
 
-def _gallery(report: Mapping[str, Any], images: Sequence[ReportImage]) -> str:
-    if not images:
-        return ""
-    rows = {row["key"]: row for row in report["images"]}
-    cards = "".join(_card(image, rows[image.key]) for image in images[:MAX_IMAGES])
-    shown = min(len(images), MAX_IMAGES)
-    note = f"{shown} of {len(rows)} images. Click one to compare two sides with a slider."
-    if any(max(image.target.shape[:2]) > MAX_SIDE for image in images[:MAX_IMAGES]):
-        note += f" Images above {MAX_SIDE} pixels are shown reduced."
-    note += " Scores belong to the exact 8-bit results, whatever is shown."
-    return f'<h2>Images</h2><p class="note">{note}</p><div class="cards">{cards}</div>'
-
-
-def _card(image: ReportImage, row: Mapping[str, Any]) -> str:
-    name = escape(str(row.get("name") or image.key), quote=True)
-    captions = {
-        "input": f"<b>input</b> {_decimals(row['input_psnr'], 2)} dB, SSIM {_decimals(row['input_ssim'], 3)}",
-        "restored": f"<b>restored</b> {_decimals(row['psnr'], 2)} dB, SSIM {_decimals(row['ssim'], 3)}",
-        "target": "<b>target</b>",
-    }
-    figures = "".join(
-        f'<figure><button aria-label="compare {side} of {name}"><img data-side="{side}" alt="{side} of {name}" '
-        f'src="{data_uri(getattr(image, side))}"></button><figcaption>{captions[side]}</figcaption></figure>'
-        for side in SIDES
-    )
-    header = f"<header><b>{name}</b><span>{row['width']}x{row['height']}</span><span>{_signed(row)} dB</span></header>"
-    return f'<article class="card" data-name="{name}">{header}<div class="triple">{figures}</div></article>'
-
-
-def data_uri(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> a data: URI, reduced to MAX_SIDE; PNG, or JPEG where PNG is large."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    buffer, kind = io.BytesIO(), "png"
-    picture.save(buffer, "PNG", optimize=True)
-    if buffer.tell() > PNG_BYTES:
-        buffer, kind = io.BytesIO(), "jpeg"
-        picture.save(buffer, "JPEG", quality=92, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def _score_table(report: Mapping[str, Any]) -> str:
     head = '<th class="text"><button>image</button></th><th><button>pixels</button></th>'
     head += "".join(f"<th><button>{name}</button></th>" for _, name, _ in COLUMNS)
     rows = "".join(_table_row(row) for row in report["images"])
-    means = "".join(f"<td>{_decimals(report['scores'][name]['mean'], digits)}</td>" for name, _, digits in COLUMNS)
+    means = "".join(f"<td>{decimals(report['scores'][name]['mean'], digits)}</td>" for name, _, digits in COLUMNS)
     exceptions = _exceptions(report["scores"]["psnr"])
     note = f'<p class="note">Means leave out {exceptions}.</p>' if exceptions else ""
     return (
@@ -274,9 +175,9 @@ def _table_row(row: Mapping[str, Any]) -> str:
     cells = [f'<td class="text">{name}</td>']
     cells.append(f'<td data-value="{row["width"] * row["height"]}">{row["width"]}x{row["height"]}</td>')
     for column, _, digits in COLUMNS:
-        value = _gain(row) if column == "gain_db" else float(row[column])
+        value = gain(row) if column == "gain_db" else float(row[column])
         sortable = str(value).replace("inf", "Infinity")
-        cells.append(f'<td data-value="{sortable}">{_decimals(value, digits)}</td>')
+        cells.append(f'<td data-value="{sortable}">{decimals(value, digits)}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -299,9 +200,7 @@ def _training_charts(journal: Sequence[Mapping[str, Any]]) -> str:
         series = [Series("restored previews", restored)]
         if before:
             series.append(Series("their inputs", before, "reference"))
-        charts.append(
-            line_chart(series, title="PSNR of the previews", x_label="optimizer step", y_label="PSNR in dB")
-        )
+        charts.append(line_chart(series, title="PSNR of the previews", x_label="optimizer step", y_label="PSNR in dB"))
     if rate:
         charts.append(
             line_chart(
@@ -351,14 +250,6 @@ def _facts(report: Mapping[str, Any], mlflow: Mapping[str, str] | None) -> str:
     return f'<h2>What was measured</h2><div class="facts">{cards}</div>'
 
 
-def _gain(row: Mapping[str, Any]) -> float:
-    return float(row["psnr"]) - float(row["input_psnr"])
-
-
-def _signed(row: Mapping[str, Any]) -> str:
-    return f"{_gain(row):+.2f}"
-
-
 def _exceptions(summary: Mapping[str, Any]) -> str:
     """Which PSNR values a mean does not hold, in words."""
     parts = []
@@ -367,7 +258,3 @@ def _exceptions(summary: Mapping[str, Any]) -> str:
     if summary["nan"]:
         parts.append(f"{summary['nan']} not a number")
     return ", ".join(parts)
-
-
-def _decimals(value: Any, digits: int) -> str:
-    return "-" if value is None else f"{float(value):.{digits}f}"

@@ -21,7 +21,7 @@ from rddm_dist.tracking.journal import json_safe
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
     from rddm_dist.evaluation.evaluate import EvalSettings
-    from rddm_dist.evaluation.report import ReportImage
+    from rddm_dist.evaluation.gallery import ReportImage
     from rddm_dist.loading import Model
 
 FORMAT_VERSION = 1
@@ -110,7 +110,8 @@ def write_report_files(
 
     `images` are shown in report.html; by default those that the evaluation left in `out`/images.
     """
-    from rddm_dist.evaluation.report import load_report_images, write_report
+    from rddm_dist.evaluation.gallery import load_report_images
+    from rddm_dist.evaluation.report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT_JSON, report)

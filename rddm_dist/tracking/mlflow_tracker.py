@@ -71,7 +71,12 @@ class MlflowTracker:
         self._is_reopened = False
 
     def start(
-        self, *, params: Mapping[str, Any], tags: Mapping[str, str], journal: Path, dataset: tuple[str, str] | None = None
+        self,
+        *,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        journal: Path,
+        dataset: tuple[str, str] | None = None,
     ) -> str:
         """Create the MLflow run, or continue the one in mlflow.json, and begin to forward `journal`.   -> its id
 
@@ -123,7 +128,7 @@ class MlflowTracker:
         self._wake.set()
         if not self._is_complete:
             log.warning(
-                "MLflow at %s did not take everything in time; metrics are safe in %s, and the same command sends the rest",
+                "MLflow at %s did not take everything in time; metrics are safe in %s, the same command sends the rest",
                 self._uri,
                 self._journal,
             )
@@ -151,11 +156,9 @@ class MlflowTracker:
                     log.warning("MLflow at %s failed, trying again (%s)", self._uri, _first_line(error))
                 log.debug("forwarding to MLflow failed", exc_info=True)
                 failures += 1
-            if failures:
-                longest = RETRY_S if self._closing.is_set() else MAX_RETRY_S
-                self._abandoned.wait(min(longest, RETRY_S * 2 ** (failures - 1)))
-            elif not self._closing.is_set():
-                self._wake.wait(POLL_S)
+            if is_last_round or not self._closing.is_set():
+                longest = RETRY_S if is_last_round else MAX_RETRY_S
+                self._wake.wait(min(longest, RETRY_S * 2 ** (failures - 1)) if failures else POLL_S)
                 self._wake.clear()
 
     def _reopened_client(self) -> MlflowClient:

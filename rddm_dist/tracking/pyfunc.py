@@ -14,22 +14,29 @@ from rddm_dist.evaluation.restore import make_restorer
 from rddm_dist.loading import load_model
 
 
-class RddmPyfunc(PythonModel):
-    """uint8 images in, restored uint8 images out."""
+class _Restoring:
+    """uint8 images in, restored uint8 images out.
+
+    Apart from PythonModel because MLflow asks for type hints in a direct subclass, and knows none for image arrays; the
+    signature says what goes in and out.
+    """
 
     def load_context(self, context: PythonModelContext) -> None:
         self._model = load_model(context.artifacts["weights"])
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
-        """model_input: (B, H, W, 3) uint8; params: steps, eta, seed (the signature has their defaults)  ->  the same shape.
+        """model_input: (B, H, W, 3) uint8; params: steps, eta, seed (defaults in the signature)  ->  the same shape.
 
         An image's noise follows from its pixels, so the result does not depend on what else is in the batch.
-        The arguments carry no annotations because MLflow would derive a schema from them.
         """
         images = np.asarray(model_input)
         restorer = make_restorer(self._model, **(params or {}))
         ids = [stable_id(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()) for image in images]
         return restorer.restore(images, ids)
+
+
+class RddmPyfunc(_Restoring, PythonModel):
+    """The model that `models:/name@champion` stands for."""
 
 
 set_model(RddmPyfunc())

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +92,15 @@ def resolve(model_uri: str, *, uri: str) -> Path:
 
     name, alias = match["name"], match["alias"]
     try:
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, match["version"])
-        folder = Path(mlflow.artifacts.download_artifacts(
-            artifact_uri=f"models:/{name}/{version.version}", tracking_uri=uri, registry_uri=uri,
-        ))  # fmt: skip
+        version = client.get_model_version_by_alias(name, alias).version if alias else match["version"]
+        location = client.get_model_version_download_uri(name, str(version))
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, tracking_uri=uri))
     except mlflow.MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise EnvironmentFault(f"{uri} cannot be asked for {model_uri}: {str(error).splitlines()[0]}") from error
         raise ModelError(_not_found(client, model_uri, name, uri)) from error
+    except OSError as error:
+        raise ModelError(f"{model_uri} is registered at {uri}, but its files cannot be read: {error}") from error
     files = sorted(folder.glob("artifacts/*.safetensors"))
     if not files:
         raise ModelError(f"{model_uri} at {uri} holds no .safetensors weights: it was not registered by rddm")
@@ -131,16 +133,24 @@ def _compare(champion: ModelVersion | None, score: Mapping[str, Any] | None, mar
     """Whether a new version with this score replaces the champion, and why."""
     if champion is None:
         return True, "there was no champion"
-    if not score or not math.isfinite(float(score["psnr"])):
-        return False, f"no score to compare with the champion, version {champion.version}"
-    theirs = {key: champion.tags.get(f"{SCORE_TAG}{key}") for key in (*COMPARED, "psnr")}
-    different = [key for key in COMPARED if str(score.get(key)) != str(theirs[key])]
-    if different or theirs["psnr"] is None:
-        what = ", ".join(different) or "psnr"
-        return False, f"not comparable with the champion, version {champion.version}: another {what}"
-    gain = float(score["psnr"]) - float(theirs["psnr"])
+    psnr, best = _decibels((score or {}).get("psnr")), _decibels(champion.tags.get(f"{SCORE_TAG}psnr"))
+    if score is None or psnr is None or best is None:
+        whose = "its" if best is None else "this model's"
+        return False, f"cannot be compared with the champion, version {champion.version}: {whose} PSNR is not known"
+    different = [key for key in COMPARED if str(score.get(key)) != str(champion.tags.get(f"{SCORE_TAG}{key}"))]
+    if different:
+        return False, f"not comparable with the champion, version {champion.version}: another {', '.join(different)}"
+    gain = psnr - best
     words = f"{gain:+.3f} dB against the champion, version {champion.version} (margin {margin_db:g} dB)"
     return (gain > 0 and gain >= margin_db), words
+
+
+def _decibels(value: Any) -> float | None:
+    """A recorded mean PSNR; None where there is none (no score, or no finite value to take the mean of)."""
+    if value is None or value == "None":
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _create_version(
@@ -157,11 +167,15 @@ def _create_version(
     from mlflow import MlflowException
     from mlflow.models import Model
 
-    experiment = client.get_run(run_id).info.experiment_id if run_id else ensure_experiment(client, uri=uri, name=EXPERIMENT)
+    if run_id:
+        experiment = client.get_run(run_id).info.experiment_id
+    else:
+        experiment = ensure_experiment(client, uri=uri, name=EXPERIMENT)
     logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="pyfunc")
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "model"
-        _write_pyfunc(local, model_path, config, Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id))
+        description = Model(model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
+        _write_pyfunc(local, model_path, config, description)
         client.log_model_artifacts(logged.model_id, str(local))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
@@ -170,7 +184,7 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     return client.create_model_version(
-        name, source=f"models:/{logged.model_id}", run_id=run_id, tags=tags, model_id=logged.model_id
+        name, source=logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id
     )
 
 
@@ -190,14 +204,17 @@ def _write_pyfunc(folder: Path, model_path: Path, config: Mapping[str, Any], des
             ParamSpec("seed", "long", 0),
         ]
     )
-    mlflow.pyfunc.save_model(
-        path=str(folder),
-        python_model=str(Path(__file__).with_name("pyfunc.py")),
-        artifacts={"weights": str(model_path)},
-        signature=ModelSignature(inputs=images, outputs=images, params=params),
-        pip_requirements=_requirements(),
-        mlflow_model=description,
-    )
+    with warnings.catch_warnings():
+        # MLflow would like an example to derive the signature from; ours is written out.
+        warnings.filterwarnings("ignore", ".*input example", UserWarning)
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"weights": str(model_path)},
+            signature=ModelSignature(inputs=images, outputs=images, params=params),
+            pip_requirements=_requirements(),
+            mlflow_model=description,
+        )
 
 
 def _requirements() -> list[str]:

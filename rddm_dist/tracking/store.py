@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -41,7 +43,7 @@ def open_client(uri: str) -> MlflowClient:
         os.environ.setdefault(name, value)
     if uri.startswith(SQLITE):
         _check_sqlite(uri)
-    elif "://" not in uri and not uri.startswith("databricks") or uri.startswith("file:"):
+    elif uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise ConfigError(f"tracking.uri={uri} is not a store; give http(s)://server or sqlite:////folder/mlflow.db")
     from mlflow import MlflowClient
 
@@ -71,8 +73,9 @@ def _artifact_location(uri: str) -> str | None:
     if uri.startswith(SERVERS):
         return None
     # MLflow would take ./mlruns of whichever process comes first.
-    raise ConfigError(f"tracking.uri={uri}: a database says nothing about artifacts; run `mlflow server` on it and give "
-                      "its http address")  # fmt: skip
+    raise ConfigError(
+        f"tracking.uri={uri}: a database names no place for artifacts; give the address of an `mlflow server` on it"
+    )
 
 
 def _check_sqlite(uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 RDDM = (sys.executable, "-m", "rddm_dist.cli.main")
@@ -51,12 +54,19 @@ def start(command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = 
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """Kill a started command with all of its session."""
+    """Kill a started command with its session and with what it started in other sessions (torchrun's workers)."""
+    try:
+        others = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        others = []
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
     finally:
+        for other in others:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.kill()
         process.wait(timeout=10)
 
 

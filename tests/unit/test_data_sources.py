@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -113,7 +114,7 @@ def test_a_list_takes_roots_masks_and_a_split(tmp_path: Path) -> None:
         f"photo_{n:03d}.png\tphoto_{n:03d}.png\tphoto_{n:03d}.png\t{'test' if n else 'train'}" for n in range(3)
     ]
     table.write_text("\n".join(rows))
-    roots = {f"{field}_root": tmp_path / field for field in ("input", "target", "mask")}
+    roots: dict[str, Any] = {f"{field}_root": tmp_path / field for field in ("input", "target", "mask")}
     assert [pair.name for pair in read_pair_list(table, **roots)] == ["photo_000", "photo_001", "photo_002"]
     pairs = read_pair_list(table, split="test", **roots)
     assert [pair.mask for pair in pairs] == [tmp_path / "mask" / f"photo_{n:03d}.png" for n in (1, 2)]

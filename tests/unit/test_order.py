@@ -31,10 +31,8 @@ def test_every_sample_comes_exactly_once_per_epoch(counts: tuple[int, ...], lane
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize(
-    "global_batch, lanes, world_size",
-    [(1, 1, 1), *((batch, lanes, world) for batch, lanes in ((4, 2), (6, 3), (8, 8), (12, 4)) for world in (1, 2, 3, 4))],
-)
+@pytest.mark.parametrize("global_batch, lanes", [(4, 2), (5, 1), (6, 3), (8, 8), (12, 4)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_the_ranks_together_read_the_run_whatever_their_number(
     counts: tuple[int, ...], global_batch: int, lanes: int, world_size: int
 ) -> None:
@@ -46,7 +44,8 @@ def test_the_ranks_together_read_the_run_whatever_their_number(
         for step in reversed(range(steps)):
             positions = rank_rows(step, global_batch=global_batch, rank=rank, world_size=world_size)
             assert len(positions) in (global_batch // world_size, -(-global_batch // world_size))
-            for position, *place in zip(positions.tolist(), *(part.tolist() for part in own.locate(positions)), strict=True):
+            places = np.stack(own.locate(positions), axis=1).tolist()
+            for position, place in zip(positions.tolist(), places, strict=True):
                 assert position not in seen
                 seen[position] = tuple(place)
     whole = _run(order, 0, steps * global_batch)
