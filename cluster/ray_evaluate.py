@@ -60,7 +60,7 @@ def run_on_ray(
             [{"unit": json.dumps(unit.rows)} for unit in units],
             override_num_blocks=min(len(units), BLOCKS_PER_ACTOR * actors),
         ).map(
-            _Actor,
+            _Actor,  # type: ignore[arg-type]  # Ray Data takes classes whose instances are called
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=settings.threads,
             num_gpus=gpus_per_actor or None,

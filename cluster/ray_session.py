@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 
@@ -25,7 +26,7 @@ def ray_session(*, cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = {
+    local: dict[str, Any] = {
         "num_cpus": max(cpus, os.cpu_count() or 1),
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
@@ -45,8 +46,10 @@ def ray_session(*, cpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_core() -> Iterator[None]:
-    """Keep Ray's C++ core off this console (what matters of it is in Ray's session folder). It announces that it was told
-    to be quiet, straight to file descriptor 2."""
+    """Keep Ray's C++ core off this console; what matters of it is in Ray's session folder.
+
+    It even announces that it was told to be quiet, straight to file descriptor 2.
+    """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     kept = os.dup(2)
     try:

@@ -74,7 +74,7 @@ def _make_trainer(config: Config, run_dir: Path, *, workers: int, gpus_per_worke
             name=f"attempt-{attempt:04d}",
             storage_path=str(ray_dir),
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": WORKER_ENV},
+            worker_runtime_env={"env_vars": WORKER_ENV},  # type: ignore[call-arg]  # typed as the older RunConfig
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -26,11 +27,8 @@ def quiet_frameworks() -> None:
         os.environ.setdefault(name, value)
 
 
-def configure(path: Path, *, level: int = logging.INFO, console: bool = False) -> None:
-    """Send every log record to `path` (appended) and, with `console`, our own warnings to stderr.
-
-    Safe to call again with another path: the earlier file is closed.
-    """
+def configure(path: Path, *, level: int = logging.INFO) -> None:
+    """Send every log record to `path` (appended). Called again with another path it closes the earlier file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter(FORMAT))
@@ -47,10 +45,19 @@ def configure(path: Path, *, level: int = logging.INFO, console: bool = False) -
         for handler in list(logger.handlers):
             logger.removeHandler(handler)
         logger.propagate = True
-    if console:
-        stream = logging.StreamHandler()
-        stream.setLevel(logging.WARNING)
-        stream.setFormatter(logging.Formatter("%(message)s"))
-        stream.addFilter(lambda record: record.name.split(".")[0] in OURS)
-        root.addHandler(stream)
     logging.captureWarnings(True)
+
+
+class _Console(logging.Handler):
+    """Our own warnings on stderr, as plain lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.split(".")[0] in OURS:
+            sys.stderr.write(f"{record.levelname.lower()}: {record.getMessage()}\n")
+
+
+def configure_console() -> None:
+    """What the command line shows of the logs, until and besides a log file."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Console) for handler in root.handlers):
+        root.addHandler(_Console(logging.WARNING))

@@ -36,7 +36,7 @@ def pack(
     from data_pipeline.sources import find_pairs, read_pair_list
 
     if list is not None:
-        pairs = read_pair_list(list, input_root=input, target_root=target, split=split or None)
+        pairs = read_pair_list(list, input_root=input, target_root=target, mask_root=mask, split=split or None)
     elif input is not None and target is not None:
         if split:
             raise ConfigError("--split goes with --list")

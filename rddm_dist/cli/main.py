@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from data_pipeline.errors import RddmError
-from rddm_dist.log import quiet_frameworks
+from rddm_dist.cli import data, demo, doctor, evaluate, registry, restore, train
+from rddm_dist.log import configure_console, quiet_frameworks
+
+
+def _exit_with(code: int | None) -> None:
+    """What a command returns is the exit code."""
+    raise typer.Exit(code or 0)
+
 
 app = typer.Typer(
     name="rddm",
@@ -19,32 +25,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
+    result_callback=_exit_with,
 )
-
-
-def _register() -> None:
-    from rddm_dist.cli import data, demo, doctor, evaluate, registry, restore, train
-
-    for module in (data, train, evaluate, restore, registry, doctor, demo):
-        module.register(app)
+for module in (data, train, evaluate, restore, registry, doctor, demo):
+    module.register(app)
 
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 fault, 2 bad input, 3 done but some inputs failed, 75 stopped, resumable."""
     quiet_frameworks()
-    _register()
+    configure_console()
     try:
-        code = app(standalone_mode=False)
+        app()
     except RddmError as error:
-        click.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("interrupted", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,8 @@ from rddm_dist.cli.evaluate import MODEL_HELP
 from rddm_dist.cli.progress import say
 
 if TYPE_CHECKING:
-    pass
+    from rddm_dist.loading import Model
+    from rddm_dist.tracking.registry import Registration
 
 
 def register(app: typer.Typer) -> None:

@@ -53,17 +53,17 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
     from cluster.ray_session import ray_session
     from cluster.ray_train import train_on_ray
     from rddm_dist.log import configure as configure_logging
-    from rddm_dist.training.engine import check_precision
+    from rddm_dist.training.engine import check_engine
     from rddm_dist.training.prepare import prepare
     from rddm_dist.training.run import TrainResult, completed_step
     from rddm_dist.training.stopping import clear_request
     from rddm_dist.training.toolchain import check_toolchain
 
     prepared = prepare(config, world_size=workers)
-    check_precision(config.engine, on_gpu=gpus_per_worker > 0)
+    check_engine(config.engine, on_gpu=gpus_per_worker > 0)
     if not gpus_per_worker:
         check_toolchain()
-    configure_logging(prepared.run_dir / "logs" / "driver.log", console=True)
+    configure_logging(prepared.run_dir / "logs" / "driver.log")
     finished = completed_step(prepared)
     if finished:
         say(f"reusing {prepared.run_dir}: complete at step {finished}; raise train.steps to go on")

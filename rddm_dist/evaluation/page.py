@@ -38,7 +38,7 @@ white-space:nowrap}
 tr:last-child td{border-bottom:0}th{font-size:12.5px;color:var(--muted);font-weight:600;background:var(--card)}
 th button{all:unset;cursor:pointer}th button:hover,th button:focus-visible{color:var(--accent)}
 th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
-th.text,td.text{text-align:left}td.text{overflow-wrap:anywhere;white-space:normal}
+th.text,td.text{text-align:left}td.text{overflow-wrap:anywhere;white-space:normal;min-width:9em}
 tfoot td{font-weight:600;border-top:2px solid var(--line)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));gap:16px}
 .chart{margin:0;padding:14px 16px 12px}.chart figcaption{font-weight:600;font-size:14px;margin-bottom:6px}

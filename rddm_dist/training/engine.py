@@ -51,13 +51,7 @@ class Piece:
 
 
 def deepspeed_config(engine: EngineSection, optim: OptimSection, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from ours. Raises ConfigError when `engine.deepspeed` holds a key we derive."""
-    for key in DERIVED_KEYS:
-        node: Any = engine.deepspeed
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if node is not None:
-            raise ConfigError(f"engine.deepspeed.{key} is derived from the other sections; remove it")
+    """DeepSpeed's JSON, derived from ours, with what `engine.deepspeed` adds to it."""
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -94,7 +88,7 @@ class Engine:
         self, net: nn.Module, *, engine: EngineSection, optim: OptimSection, plan: BatchPlan, topology: Topology
     ) -> None:
         on_gpu = topology.device.type == "cuda"
-        check_precision(engine, on_gpu=on_gpu)
+        check_engine(engine, on_gpu=on_gpu)
         if not on_gpu:
             check_toolchain()
         import deepspeed  # slow, and wants the environment prepared
@@ -255,8 +249,14 @@ class Engine:
         self.net.destroy()
 
 
-def check_precision(engine: EngineSection, *, on_gpu: bool) -> None:
+def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:
     """Refuse what cannot work, before anything is allocated."""
+    for key in DERIVED_KEYS:
+        node: Any = engine.deepspeed
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            raise ConfigError(f"engine.deepspeed.{key} is derived from the other sections; remove it")
     if engine.precision == "fp16" and not on_gpu:
         raise ConfigError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
     if engine.precision != "fp32" and engine.zero_stage == 0:

@@ -186,7 +186,9 @@ def test_losses_of_the_demo_preset_agree_to_one_percent(data: str, tmp_path: Pat
 
 
 def test_torchrun_itself_trains(data: str, tmp_path: Path) -> None:
-    torchrun = [str(Path(TRAIN[0]).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
-    result = run([*torchrun, "rddm_dist.training", str(write_config(tmp_path, data))], cwd=tmp_path, timeout_s=120)
+    torchrun = [str(Path(TRAIN[0]).with_name("torchrun")), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    result = run(
+        [*torchrun, "-m", "rddm_dist.training", str(write_config(tmp_path, data))], cwd=tmp_path, timeout_s=120
+    )
     assert result.code == 0, result.text
     assert "trained to step 10" in result.stdout

@@ -29,11 +29,11 @@ EMA = EmaSection(update_every=1, start_step=1, decay=0.9)
 SCHEDULE = make_schedule(DiffusionSection(num_timesteps=10))
 
 
-def build(stage: int, topology: Topology, precision: str = "fp32") -> Engine:
+def build(stage: int, topology: Topology) -> Engine:
     torch.manual_seed(0)
     return Engine(
         make_net(ModelSection(dim=8, dim_mults=(1, 2), num_nets=1)),
-        engine=EngineSection(zero_stage=stage, precision=precision),
+        engine=EngineSection(zero_stage=stage),
         optim=OptimSection(lr=1e-3),
         plan=make_plan(global_batch=BATCH, world_size=topology.world_size, micro_batch=1),
         topology=topology,
@@ -112,7 +112,9 @@ def load(folder: Path, topology: Topology) -> None:
         reader = ckpt.Reader(found)
         for kind in (ckpt.WEIGHT, ckpt.EMA, *MOMENTS):
             loaded = gather(engine, ema, kind)
-            for name, value in reader.read_full(kind) if loaded is not None else ():
+            if loaded is None:
+                continue
+            for name, value in reader.read_full(kind):
                 assert torch.equal(loaded[name], value), f"{kind} of {name} from stage {source} at stage {target}"
         loss = step_once(engine, topology, STEPS)
         if topology.rank == 0:

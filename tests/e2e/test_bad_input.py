@@ -1,0 +1,208 @@
+"""What a user can get wrong: one clear line on stderr, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rddm_dist.cli import main as entry
+from tests.e2e.conftest import TinyRun
+from tests.support.datasets import make_dataset, make_folders
+from tests.support.processes import rddm
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Run the command line in this process; it must end with exit code 2 and one line.   -> the line"""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        captured = capfd.readouterr()
+        assert ended.value.code == 2, captured.err + captured.out
+        assert "Traceback" not in captured.err + captured.out
+        lines = [line for line in captured.err.splitlines() if line and not line.startswith("warning: SKIPPING")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+        return lines[0]
+
+    return call
+
+
+def pack_arguments(folder: Path, *more: object) -> list[object]:
+    return ["pack", "--input", folder / "input", "--target", folder / "target", "--out", folder / "out", *more]
+
+
+def test_pack_without_its_folder(refused: Refused, tmp_path: Path) -> None:
+    assert "input" in refused(*pack_arguments(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_of_an_empty_folder(refused: Refused, tmp_path: Path) -> None:
+    for name in ("input", "target"):
+        (tmp_path / name).mkdir()
+    assert "image" in refused(*pack_arguments(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_with_an_orphan(refused: Refused, tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    (tmp_path / "target" / "photo_003.png").unlink()
+    assert "photo_003" in refused(*pack_arguments(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_of_a_pair_of_different_sizes(refused: Refused, tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(tmp_path / "target" / "photo_002.png")
+    line = refused(*pack_arguments(tmp_path))
+    assert "photo_002" in line and "9x8" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_of_an_unreadable_image(refused: Refused, tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    broken = tmp_path / "input" / "photo_004.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    assert "photo_004.png" in refused(*pack_arguments(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_with_an_unknown_codec(refused: Refused, tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    line = refused(*pack_arguments(tmp_path, "--codec", "tiff"))
+    assert "tiff" in line and "webp" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_with_no_source(refused: Refused, tmp_path: Path) -> None:
+    assert "--list" in refused("pack", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=3", "did you mean train.steps?"),
+        ("train.global_batch=0", "train.global_batch=0"),
+        ("engine.zero_stage=4", "engine.zero_stage=4"),
+        ("data.crop=64", "data.crop=64 exceeds the smallest image side, 40 pixels"),
+        ("data.crop=15", "data.crop=15 must be a multiple of 2"),
+        ("data.uri=/nowhere", "/nowhere is no packed dataset"),
+        ("engine.precision=fp16", "engine.precision=fp16 needs a GPU"),
+        ("run.storage=s3://bucket/runs", "run.storage=s3://bucket/runs"),
+        ("engine.deepspeed={optimizer: {type: Adam}}", "engine.deepspeed.optimizer is derived"),
+    ],
+)
+def test_train_with_a_wrong_setting(
+    refused: Refused, tiny_run: TinyRun, tmp_path: Path, override: str, said: str
+) -> None:
+    line = refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}", override)
+    assert said in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_with_more_workers_than_rows(refused: Refused, tiny_run: TinyRun) -> None:
+    assert "7 workers exceed train.global_batch=6" in refused("train", tiny_run.config, "--workers", 7)
+    assert "a range of workers is not supported yet" in refused("train", tiny_run.config, "--workers", "1:4")
+    assert "--workers=x" in refused("train", tiny_run.config, "--workers", "x")
+
+
+def test_continuing_with_another_identity(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    before = (tiny_run.run_dir / "config.yaml").read_bytes()
+    line = refused("train", tiny_run.config, "optim.lr=5e-4", "train.steps=20")
+    assert "optim.lr: 0.0001 -> 0.0005" in line and "run.name" in line and "train.steps" not in line
+    other = make_dataset(tmp_path, count=5, size=(40, 48), seed=9)
+    assert "was started on other data" in refused("train", tiny_run.config, f"data.uri={other}")
+    assert (tiny_run.run_dir / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "thesis.tex").write_text("precious")
+    assert "is not a run" in refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}")
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_no_compiler(refused: Refused, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    line = refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}")
+    assert "no C++ compiler" in line and "apt-get install g++" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("runs/absent", "does not exist"),
+        ("models:/nothing@champion", "does not exist"),
+        ("models:/nothing", "must look like"),
+    ],
+)
+def test_a_model_that_does_not_exist(
+    refused: Refused, tiny_run: TinyRun, tmp_path: Path, model: str, said: str
+) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    line = refused("evaluate", model, "--data", tiny_run.data, "--out", tmp_path / "report", "--tracking-uri", store)
+    assert said in line
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_truncated_checkpoint(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(tiny_run.run_dir, run_dir)
+    for file in run_dir.glob("checkpoints/*/rank-00000.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    newest = max(run_dir.glob("checkpoints/*"))
+    for model in (newest, run_dir):
+        line = refused("evaluate", model, "--data", tiny_run.data, "--out", tmp_path / "report")
+        assert "has 1000 bytes instead of" in line
+    (run_dir / "model.safetensors").write_bytes((run_dir / "model.safetensors").read_bytes()[:500])
+    line = refused("restore", run_dir / "model.safetensors", tmp_path, "--out", tmp_path / "out")
+    assert "no images" in line
+    make_folders(tmp_path)
+    line = refused("restore", run_dir / "model.safetensors", tmp_path / "input", "--out", tmp_path / "out")
+    assert "cut short" in line
+    assert not (tmp_path / "report").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--protocol", "psnr"], "psnr is unknown; choose one of rgb, y"),
+        (["--steps", "21"], "must lie in 1..20"),
+        (["--steps", "2,5"], "several step counts are not supported yet"),
+        (["--steps", "none"], "--steps=none must be a number"),
+        (["--actors", "1:3"], "a range of workers is not supported yet"),
+        (["--data", "/nowhere"], "/nowhere is no packed dataset"),
+    ],
+)
+def test_evaluate_with_a_wrong_setting(
+    refused: Refused, tiny_run: TinyRun, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    base = ["evaluate", tiny_run.run_dir, "--data", tiny_run.data, "--out", tmp_path / "report"]
+    assert said in refused(*base, *arguments)
+    assert not (tmp_path / "report").exists()
+
+
+def test_unknown_commands_and_options_end_with_2_as_well(tmp_path: Path) -> None:
+    for arguments in (["evalute"], ["train"], ["pack", "--jobs", "many", "--out", "x"]):
+        result = rddm(*arguments, cwd=tmp_path)
+        assert result.code == 2 and "Traceback" not in result.stderr, result.text
+
+
+def test_some_unreadable_inputs_are_listed_and_the_rest_is_done(tiny_run: TinyRun, tmp_path: Path) -> None:
+    make_folders(tmp_path, count=3)
+    (tmp_path / "input" / "photo_001.png").write_bytes(b"no image")
+    result = rddm("restore", str(tiny_run.run_dir), "input", "--out", "restored", cwd=tmp_path)
+    assert result.code == 3, result.text
+    assert "restored 2 of 3 image(s)" in result.stdout and "failed: input/photo_001.png" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "restored").iterdir()) == ["photo_000.png", "photo_002.png"]
