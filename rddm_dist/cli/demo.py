@@ -33,6 +33,7 @@ def demo(
     config: Annotated[str, typer.Option(help="Training preset")] = CONFIG,
 ) -> int:
     """Pack real photographs, train, evaluate, register and report; about five minutes on two cores."""
+    started = time.monotonic()
     from cluster.ray_session import ray_session
     from rddm_dist.cli.evaluate import evaluate_model
     from rddm_dist.cli.registry import register_model
@@ -42,9 +43,8 @@ def demo(
     from rddm_dist.loading import load_model
     from rddm_dist.tracking.mlflow_tracker import default_uri
 
-    started = time.monotonic()
-    say("1/5 data: photographs from scikit-image, rained on")
-    uris = _pack_data(Path(storage) / "data" / "demo")
+    folder = Path(storage) / "data" / "demo"
+    uris = {split: str(folder / split) for split in ("train", "eval")}
     overrides = [
         f"run.storage={storage}",
         "run.name=demo",
@@ -53,6 +53,8 @@ def demo(
     ]
     resolved = load_config(config, overrides)
     run_dir = Path(resolved.run.storage) / "demo"
+    say("1/5 data: photographs from scikit-image, rained on")
+    _pack_data(folder / "photos", uris)
 
     with ray_session(cpus=max(workers, actors)):
         say(f"2/5 training with {workers} workers: the same as rddm train {config} --workers {workers}")
@@ -76,17 +78,14 @@ def demo(
     return 0
 
 
-def _pack_data(folder: Path) -> dict[str, str]:
+def _pack_data(photos: Path, uris: dict[str, str]) -> None:
     from data_pipeline.sources import find_pairs
     from rddm_dist.cli.data import pack_pairs
     from rddm_dist.cli.demo_photos import write_demo_pairs
 
-    uris = {}
-    for split, images in write_demo_pairs(folder / "photos").items():
-        uris[split] = str(folder / split)
+    for split, images in write_demo_pairs(photos).items():
         pairs = find_pairs(images / "input", images / "target")
         pack_pairs(pairs, uris[split], shard_mb=SHARD_MB, codec="keep", seed=0, jobs=0)
-    return uris
 
 
 def _restore_through_registry(model_uri: str, tracking_uri: str, data: str, run_dir: Path) -> Path:

@@ -20,9 +20,8 @@ TRAIN = (
     "motorcycle_left.png",
     "motorcycle_right.png",
     "retina.jpg",
-    "rocket.jpg",
 )
-HELD_OUT = ("chelsea.png", "coffee.png")
+HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
 MAX_SIDE = 768
 SEED = 20
 NOISE_SIGMA = 12.0

@@ -48,7 +48,10 @@ def open_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.handlers.clear()  # to our log files like everybody else's, not to the console
+        logger.propagate = True
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
