@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import platform
 import statistics
@@ -386,7 +385,7 @@ def main(options: argparse.Namespace) -> None:
             work.images.name: sum(shard.bytes for shard in Manifest.load(work.images.uri).shards) / 1e6
             for work in works
         }
-    load_average = [load_before, os.getloadavg()[0]]
+    load_average, wall_s = [load_before, os.getloadavg()[0]], time.perf_counter() - started
     print_table(rows)
     print_noise(rows, load_average)
     document = {
@@ -407,11 +406,11 @@ def main(options: argparse.Namespace) -> None:
             "packed_mb": megabytes,
         },
         "results": rows,
-        "wall_s": time.perf_counter() - started,
+        "wall_s": wall_s,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"{math.ceil(document['wall_s'])} s; written to {options.json}")
+    print(f"{wall_s:.0f} s; written to {options.json}")
 
 
 if __name__ == "__main__":
