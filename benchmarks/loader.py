@@ -202,10 +202,9 @@ def read_windows(
     windows = []
     for file in (input, target):
         with Image.open(file) as image:
-            if image.mode != "RGB":
-                image = image.convert("RGB")
-            y, x = int(top * (image.height - crop + 1)), int(left * (image.width - crop + 1))
-            window = np.asarray(image.crop((x, y, x + crop, y + crop)))
+            picture = image if image.mode == "RGB" else image.convert("RGB")
+            y, x = int(top * (picture.height - crop + 1)), int(left * (picture.width - crop + 1))
+            window = np.asarray(picture.crop((x, y, x + crop, y + crop)))
         if toss < 0.5:
             window = window[:, ::-1]
         windows.append(np.ascontiguousarray(window.transpose(2, 0, 1)))
@@ -341,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", nargs=2, type=Path, metavar=("INPUT", "TARGET"), help="folders of real pairs")
     parser.add_argument("--rounds", type=int, default=10, help="measured rounds (10)")
-    parser.add_argument("--pairs", type=int, default=256, help="pairs of an epoch at most (256)")
+    parser.add_argument("--pairs", type=int, default=192, help="pairs of an epoch at most (192)")
     parser.add_argument("--size", type=int, default=256, help="side of the synthetic images in pixels (256)")
     parser.add_argument("--crop", type=int, default=128, help="side of the random crop in pixels (128)")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (8)")

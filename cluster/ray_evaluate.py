@@ -21,8 +21,8 @@ BLOCKS_PER_ACTOR = 16
 class _Actor:
     """A UnitRunner behind Ray Data's calling convention: one row in, one row out, as JSON text."""
 
-    def __init__(self, model: str, uri: str, settings: dict[str, Any], images_dir: str, device: str) -> None:
-        self._runner = UnitRunner(model, uri, EvalSettings(**settings), images_dir=images_dir, device=device)
+    def __init__(self, model: str, uri: str, settings: dict[str, Any], images_dir: str) -> None:
+        self._runner = UnitRunner(model, uri, EvalSettings(**settings), images_dir=images_dir)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = Unit(tuple((key, shard, offset) for key, shard, offset in json.loads(row["unit"])))
@@ -69,7 +69,6 @@ def run_on_ray(
                 "uri": uri,
                 "settings": asdict(settings),
                 "images_dir": images_dir,
-                "device": "cuda" if gpus_per_actor else "cpu",
             },
         )
         for result in dataset.iter_rows():

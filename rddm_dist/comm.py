@@ -90,11 +90,6 @@ def sum_floats(values: Sequence[float]) -> list[float]:
     return packed.tolist()
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every worker when it is true on one."""
-    return sum_floats([float(flag)])[0] > 0
-
-
 def broadcast_object(value: T | None) -> T:
     """Rank 0's value on every worker (small, trusted: pickled within the job)."""
     if _alone():

@@ -19,7 +19,6 @@ def quiet_frameworks() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "DS_IGNORE_CUDA_DETECTION": "1",
         "GIT_PYTHON_REFRESH": "quiet",
     }

@@ -38,6 +38,8 @@ def evaluate(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
     """Score a model: report.json, report.html and a table."""
+    import torch
+
     from rddm_dist.evaluation.evaluate import EvalSettings
     from rddm_dist.loading import load_model
 
@@ -49,6 +51,7 @@ def evaluate(
         eta=eta if eta >= 0 else loaded.config.sample.eta,
         seed=seed,
         batch_size=batch_size,
+        device="cuda" if gpus_per_actor or (not count and torch.cuda.is_available()) else "cpu",
     )
     folder = out or default_report_dir(loaded)
     report = evaluate_model(

@@ -31,6 +31,8 @@ def restore(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
     """Restore images; exit code 3 when some could not be read."""
+    import torch
+
     from data_pipeline.errors import DataError
     from rddm_dist.evaluation.restore import make_restorer
     from rddm_dist.loading import load_model
@@ -41,6 +43,7 @@ def restore(
         steps=single_steps(steps) if steps else None,
         eta=eta if eta >= 0 else None,
         seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
     failed: list[str] = []
     with ProgressBar("restore", len(jobs)) as bar:

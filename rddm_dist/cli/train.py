@@ -50,6 +50,8 @@ def run_overrides(storage: str, run: str) -> list[str]:
 
 def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
     """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop."""
+    import torch
+
     from cluster.ray_session import ray_session
     from cluster.ray_train import train_on_ray
     from rddm_dist.log import configure as configure_logging
@@ -63,6 +65,8 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
     check_engine(config.engine, on_gpu=gpus_per_worker > 0)
     if not gpus_per_worker:
         check_toolchain()
+        if torch.cuda.is_available():
+            say("training on CPUs although this machine has GPUs; add --gpus-per-worker 1 to use them")
     configure_logging(prepared.run_dir / "logs" / "driver.log")
     finished = completed_step(prepared)
     if finished:

@@ -38,6 +38,7 @@ class EvalSettings:
     seed: int = 0
     batch_size: int = 4
     threads: int = 1
+    device: str = "cpu"
 
     def check(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -74,12 +75,11 @@ def plan_units(uri: str, manifest: Manifest, *, batch_size: int, limit: int = 0)
 class UnitRunner:
     """Holds the model once and runs units. Scores are those of the 8-bit images it would write."""
 
-    def __init__(
-        self, model: str, uri: str, settings: EvalSettings, *, images_dir: str = "", device: str = "cpu"
-    ) -> None:
-        if device == "cpu":
-            torch.set_num_threads(settings.threads)
-        self._restorer = load_restorer(model, steps=settings.steps, eta=settings.eta, seed=settings.seed, device=device)
+    def __init__(self, model: str, uri: str, settings: EvalSettings, *, images_dir: str = "") -> None:
+        torch.set_num_threads(settings.threads)
+        self._restorer = load_restorer(
+            model, steps=settings.steps, eta=settings.eta, seed=settings.seed, device=settings.device
+        )
         self._uri, self._manifest = uri, Manifest.load(uri)
         self._settings = settings
         self._images_dir = Path(images_dir) if images_dir else None
@@ -114,9 +114,9 @@ class UnitRunner:
 
 
 def run_here(
-    model: str, uri: str, units: Iterable[Unit], settings: EvalSettings, *, images_dir: str = "", device: str = "cpu"
+    model: str, uri: str, units: Iterable[Unit], settings: EvalSettings, *, images_dir: str = ""
 ) -> Iterator[list[dict[str, Any]]]:
     """Run the units in this process, one after the other."""
-    runner = UnitRunner(model, uri, settings, images_dir=images_dir, device=device)
+    runner = UnitRunner(model, uri, settings, images_dir=images_dir)
     for unit in units:
         yield runner.run(unit)

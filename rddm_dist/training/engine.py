@@ -145,11 +145,6 @@ class Engine:
             return self._grad_norm
         return float(self.net.get_global_grad_norm() or 0.0)
 
-    @property
-    def loss_scale(self) -> float:
-        """Loss scale of fp16; 1 otherwise."""
-        return float(getattr(self._optimizer, "cur_scale", 1.0)) if self.dtype == torch.float16 else 1.0
-
     # -- state as pieces ---------------------------------------------------------------------------------------------
 
     @property
