@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One BLAS/OpenMP thread per process unless told otherwise: the tests start several processes on few cores.
 TEST_ENV := OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup demo check test test-slow bench clean
+.PHONY: setup demo lint check test test-slow bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.ready
@@ -26,11 +26,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/rddm demo
 
-# Lint, types and unit tests.
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Lint, types and unit tests.
+check: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -q tests/unit
 
 # Everything that needs no GPU, within 15 minutes on 2 cores.

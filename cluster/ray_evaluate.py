@@ -12,6 +12,8 @@ import ray
 import ray.data
 
 from cluster.ray_session import ray_session, require_resources
+from data_pipeline import errors
+from data_pipeline.errors import RddmError
 from rddm_dist.evaluation.evaluate import EvalSettings, Unit, UnitRunner
 
 # Blocks per actor: small enough that a slow actor does not hold up the end, large enough to keep Ray's overhead low.
@@ -26,7 +28,11 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = Unit(tuple((key, shard, offset) for key, shard, offset in json.loads(row["unit"])))
-        return {"rows": json.dumps(self._runner.run(unit))}
+        try:
+            return {"rows": json.dumps(self._runner.run(unit)), "error": ""}
+        except RddmError as error:
+            # Told in one line by whoever asked; Ray would wrap it in its own and print both.
+            return {"rows": "[]", "error": f"{type(error).__name__}:{error}"}
 
 
 def _quiet_ray_data() -> None:
@@ -72,4 +78,7 @@ def run_on_ray(
             },
         )
         for result in dataset.iter_rows():
+            if result["error"]:
+                name, _, text = result["error"].partition(":")
+                raise getattr(errors, name)(text)
             yield json.loads(result["rows"])

@@ -27,6 +27,7 @@ def ray_session(*, cpus: int) -> Iterator[None]:
         yield
         return
     local: dict[str, Any] = {
+        "address": "local",
         "num_cpus": max(cpus, os.cpu_count() or 1),
         "include_dashboard": False,
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,

@@ -15,7 +15,7 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.ray_session import ray_session, require_resources
+from cluster.ray_session import ray_session
 from data_pipeline.errors import RddmError, TrainingFault
 from rddm_dist.config import Config, parse_config
 from rddm_dist.tracking.journal import follow_journal
@@ -41,7 +41,6 @@ def train_on_ray(
     """
     run_dir = run_dir_of(config)
     with ray_session(cpus=workers):
-        require_resources(cpus=workers, gpus=workers * gpus_per_worker)
         trainer = _make_trainer(config, run_dir, workers=workers, gpus_per_worker=gpus_per_worker)
         records = follow_journal(run_dir / JOURNAL_FILE)
         finished: dict[str, Any] = {}
@@ -61,7 +60,9 @@ def train_on_ray(
 
 def _make_trainer(config: Config, run_dir: Path, *, workers: int, gpus_per_worker: int) -> TorchTrainer:
     ray_dir = run_dir / "ray"
-    attempt = 1 + sum(1 for _ in ray_dir.glob("attempt-*"))
+    attempt = 1 + max((int(path.name.removeprefix("attempt-")) for path in ray_dir.glob("attempt-*")), default=0)
+    # A worker without GPUs must not see any: Ray alone would leave them visible.
+    env = WORKER_ENV if gpus_per_worker else {**WORKER_ENV, "CUDA_VISIBLE_DEVICES": ""}
     return TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json")},
@@ -74,7 +75,7 @@ def _make_trainer(config: Config, run_dir: Path, *, workers: int, gpus_per_worke
             name=f"attempt-{attempt:04d}",
             storage_path=str(ray_dir),
             failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": WORKER_ENV},  # type: ignore[call-arg]  # typed as the older RunConfig
+            worker_runtime_env={"env_vars": env},  # type: ignore[call-arg]  # typed as the older RunConfig
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus_per_worker else "gloo"),
     )
@@ -104,19 +105,19 @@ def _fit(trainer: TorchTrainer, on_tick: Callable[[], None]) -> None:
         thread.join(POLL_S)
         on_tick()
     if outcome:
-        raise _ours(outcome[0]) from outcome[0]
+        log.error("Ray reports", exc_info=outcome[0])
+        raise _ours(outcome[0])
 
 
-def _ours(error: BaseException) -> BaseException:
-    """The first of our errors among what the workers raised, else the failure as it is."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in [failure for _, failure in sorted(failures.items())] + [error]:
+def _ours(error: BaseException) -> RddmError:
+    """The first of our errors among what the workers raised, else a fault that says what Ray says in its first line."""
+    failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
+    for failure in (*failures, error):
         cause: BaseException | None = failure
         while cause is not None:
-            inner = getattr(cause, "cause", None)
-            if isinstance(cause, RddmError):
-                return type(cause)(str(cause)) if type(cause).__module__.startswith("data_pipeline") else cause
-            if isinstance(inner, RddmError):
-                return inner
+            for candidate in (getattr(cause, "cause", None), cause):
+                if isinstance(candidate, RddmError):
+                    return candidate
             cause = cause.__cause__
-    return error
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return TrainingFault(f"a worker failed ({first.strip()[:200]}); the logs say more, and the same command continues")

@@ -7,6 +7,7 @@ class RddmError(Exception):
     """Something went wrong that a person can be told in one line (the message)."""
 
     exit_code = 1
+    is_shared = False  # raised on every worker of a group, so that one of them may tell it for all
 
 
 class UserError(RddmError):

@@ -6,9 +6,10 @@ With a single process every function is the identity, so callers never ask wheth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -120,6 +121,8 @@ def raise_together(error: BaseException | None) -> None:
     payload = None
     if error is not None:
         kept = error if isinstance(error, RddmError) else RuntimeError(f"{type(error).__name__}: {error}")
+        if isinstance(kept, RddmError):
+            kept.is_shared = True
         payload = pickle.dumps(kept)
     boxes: list[bytes | None] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, payload)
@@ -128,3 +131,24 @@ def raise_together(error: BaseException | None) -> None:
     for box in boxes:
         if box is not None:
             raise pickle.loads(box)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that may fail on some workers, without collectives in it: all meet at its end and raise together.
+
+    An OSError becomes an EnvironmentFault.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except OSError as problem:
+        error = EnvironmentFault(str(problem))
+    except Exception as problem:  # raised below, on every worker
+        error = problem
+    raise_together(error)
+
+
+def meet() -> None:
+    """Wait for all workers."""
+    sum_floats([0.0])

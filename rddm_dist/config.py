@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_pipeline.errors import ConfigError
 
 IDENTITY, EXTENDABLE, EXECUTION = "identity", "extendable", "execution"
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _key(default: Any, key_class: str, description: str, **constraints: Any) -> Any:
@@ -78,7 +79,9 @@ class DiffusionSection(Section):
 
 class ModelSection(Section):
     dim: int = _key(64, IDENTITY, "Base width, a multiple of 8", ge=8)
-    dim_mults: tuple[int, ...] = _key((1, 2, 4, 8), IDENTITY, "Width of each level as a multiple of dim", min_length=1)
+    dim_mults: tuple[Annotated[int, Field(ge=1)], ...] = _key(
+        (1, 2, 4, 8), IDENTITY, "Width of each level as a multiple of dim", min_length=1
+    )
     num_nets: int = _key(2, IDENTITY, "U-Nets: 2 for objectives with two outputs, 1 for one", ge=1, le=2)
     condition: Literal["none", "input", "input_mask"] = _key("input", IDENTITY, "What the network sees besides x_t")
 
@@ -92,7 +95,7 @@ class ModelSection(Section):
 class OptimSection(Section):
     name: Literal["adam", "adamw", "radam"] = _key("adam", IDENTITY, "Optimizer")
     lr: float = _key(8e-5, IDENTITY, "Peak learning rate", gt=0)
-    betas: tuple[float, float] = _key((0.9, 0.99), IDENTITY, "Adam's decay rates")
+    betas: tuple[DecayRate, DecayRate] = _key((0.9, 0.99), IDENTITY, "Adam's decay rates")
     eps: float = _key(1e-8, IDENTITY, "Adam's epsilon", gt=0)
     weight_decay: float = _key(0.0, IDENTITY, "Weight decay", ge=0)
     clip_norm: float = _key(1.0, IDENTITY, "Global gradient-norm clip; 0: off", ge=0)

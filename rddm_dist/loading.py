@@ -19,7 +19,7 @@ from rddm_dist.model.weights import load_safetensors, weights_digest
 class Model:
     """A network in evaluation mode with EMA weights, its schedule and the config it was trained with.
 
-    `digest` is the sha256 of the weights; `path` the file or folder they came from.
+    `digest` is the sha256 of the weights; `path` the file or checkpoint folder they came from.
     """
 
     net: RddmNet
@@ -57,7 +57,7 @@ def load_model(model: str, *, tracking_uri: str = "") -> Model:
         state, values, extra = load_safetensors(path)
         config = parse_config(values, source=str(path))
     else:
-        state, config, extra = _load_folder(path)
+        path, state, config, extra = _load_folder(path)
     net = make_net(config.model)
     wrong = sorted(set(net.state_dict()) ^ set(state))
     if wrong:
@@ -67,8 +67,8 @@ def load_model(model: str, *, tracking_uri: str = "") -> Model:
     return Model(net, make_schedule(config.diffusion), config, weights_digest(state), path, extra)
 
 
-def _load_folder(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, str]]:
-    """EMA weights of a run folder's newest sound checkpoint, or of a checkpoint folder."""
+def _load_folder(path: Path) -> tuple[Path, dict[str, Tensor], Config, dict[str, str]]:
+    """EMA weights of a run folder's newest sound checkpoint, or of a checkpoint folder; first, which checkpoint."""
     from rddm_dist.training import checkpoint as ckpt
     from rddm_dist.training.prepare import CONFIG_FILE
 
@@ -85,4 +85,4 @@ def _load_folder(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, str]]
         ckpt.verify(found)
     progress = found.progress
     extra = {"step": str(progress.step), "data_fingerprint": progress.data_fingerprint, "run": run_dir.name}
-    return dict(ckpt.Reader(found).read_full(ckpt.EMA)), load_config(run_dir / CONFIG_FILE), extra
+    return found.path, dict(ckpt.Reader(found).read_full(ckpt.EMA)), load_config(run_dir / CONFIG_FILE), extra

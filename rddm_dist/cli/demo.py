@@ -37,7 +37,7 @@ def demo(
     from cluster.ray_session import ray_session
     from rddm_dist.cli.evaluate import evaluate_model
     from rddm_dist.cli.registry import register_model
-    from rddm_dist.cli.train import train_here
+    from rddm_dist.cli.train import run_overrides, train_here
     from rddm_dist.config import load_config
     from rddm_dist.evaluation.evaluate import EvalSettings
     from rddm_dist.loading import load_model
@@ -45,12 +45,8 @@ def demo(
 
     folder = Path(storage) / "data" / "demo"
     uris = {split: str(folder / split) for split in ("train", "eval")}
-    overrides = [
-        f"run.storage={storage}",
-        "run.name=demo",
-        f"data.uri={uris['train']}",
-        f"data.eval_uri={uris['eval']}",
-    ]
+    paths = {"data.uri": uris["train"], "data.eval_uri": uris["eval"]}
+    overrides = [*run_overrides(storage, "demo"), *(f"{key}={json.dumps(path)}" for key, path in paths.items())]
     resolved = load_config(config, overrides)
     run_dir = Path(resolved.run.storage) / "demo"
     say("1/5 data: photographs from scikit-image, rained on")

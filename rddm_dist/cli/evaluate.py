@@ -59,8 +59,10 @@ def evaluate(
         save_images=save_images,
     )  # fmt: skip
     print_scores(report)
+    for row in report["failed"]:
+        say(f"failed: {row['error']}")
     say(f"report: {folder / 'report.html'}")
-    return 0
+    return 3 if report["failed"] else 0
 
 
 def default_report_dir(model: Model) -> Path:

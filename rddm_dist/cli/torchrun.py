@@ -27,9 +27,11 @@ def main() -> None:
     from rddm_dist.training.stopping import clear_request
 
     topology = topology_from_env()
+    is_alone = True  # what goes wrong before the workers meet goes wrong on all of them
     try:
         overrides = [*arguments.overrides, *run_overrides(arguments.storage, arguments.run)]
         config = load_config(arguments.config, overrides)
+        is_alone = False
         if topology.rank == 0:
             clear_request(run_dir_of(config))
             with TrainConsole(config) as console:
@@ -40,6 +42,8 @@ def main() -> None:
     except RddmError as error:
         if topology.rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        elif not is_alone and not error.is_shared:
+            print(f"error: worker {topology.rank}: {error}", file=sys.stderr)
         code = error.exit_code
     shutdown()
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,6 +15,7 @@ from rddm_dist.cli.progress import ProgressBar, say
 
 if TYPE_CHECKING:
     from rddm_dist.config import Config
+    from rddm_dist.training.prepare import Prepared
     from rddm_dist.training.run import TrainResult
 
 
@@ -36,56 +38,68 @@ def train(
     resolved = load_config(config, [*(overrides or []), *run_overrides(storage, run)])
     count = single_count(workers, flag="--workers")
     if dry_run:
-        _print_plan(resolved, count)
+        _print_plan(check_run(resolved, workers=count, gpus_per_worker=gpus_per_worker))
         return 0
     result = train_here(resolved, workers=count, gpus_per_worker=gpus_per_worker)
     return result.exit_code
 
 
 def run_overrides(storage: str, run: str) -> list[str]:
-    """--storage and --run as config overrides."""
+    """--storage and --run as config overrides, quoted so that YAML takes them as they are."""
     pairs = (("run.storage", storage), ("run.name", run))
-    return [f"{key}={value}" for key, value in pairs if value]
+    return [f"{key}={json.dumps(value)}" for key, value in pairs if value]
 
 
-def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
-    """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop."""
-    import torch
-
-    from cluster.ray_session import ray_session
-    from cluster.ray_train import train_on_ray
-    from rddm_dist.log import configure as configure_logging
+def check_run(config: Config, *, workers: int, gpus_per_worker: int) -> Prepared:
+    """Everything that can be found out before a worker starts; nothing is written."""
     from rddm_dist.training.engine import check_engine
     from rddm_dist.training.prepare import prepare
-    from rddm_dist.training.run import TrainResult, completed_step
-    from rddm_dist.training.stopping import clear_request
     from rddm_dist.training.toolchain import check_toolchain
 
     prepared = prepare(config, world_size=workers)
     check_engine(config.engine, on_gpu=gpus_per_worker > 0)
     if not gpus_per_worker:
         check_toolchain()
-        if torch.cuda.is_available():
-            say("training on CPUs although this machine has GPUs; add --gpus-per-worker 1 to use them")
-    configure_logging(prepared.run_dir / "logs" / "driver.log")
+    return prepared
+
+
+def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
+    """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop."""
+    import torch
+
+    from cluster.ray_session import ray_session, require_resources
+    from cluster.ray_train import train_on_ray
+    from rddm_dist.log import configure as configure_logging
+    from rddm_dist.training.prepare import make_run_dir
+    from rddm_dist.training.reporting import catch_up
+    from rddm_dist.training.run import TrainResult, completed_step
+    from rddm_dist.training.stopping import clear_request
+
+    prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
     finished = completed_step(prepared)
     if finished:
         say(f"reusing {prepared.run_dir}: complete at step {finished}; raise train.steps to go on")
+        if catch_up(prepared):
+            say("sent MLflow what it had missed")
         return TrainResult("done", finished, str(prepared.run_dir))
-    clear_request(prepared.run_dir)
+    if not gpus_per_worker and torch.cuda.is_available():
+        say("training on CPUs although this machine has GPUs; add --gpus-per-worker 1 to use them")
     say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.run_dir}")
     say(f"starting Ray and {workers} worker(s); logs in {prepared.run_dir / 'logs'}")
-    # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
-    with ray_session(cpus=workers), StopOnSignal(prepared.run_dir), TrainConsole(config) as console:
-        return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
+    with ray_session(cpus=workers):
+        require_resources(cpus=workers, gpus=workers * gpus_per_worker)
+        make_run_dir(prepared)
+        configure_logging(prepared.run_dir / "logs" / "driver.log")
+        clear_request(prepared.run_dir)
+        # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
+        with StopOnSignal(prepared.run_dir), TrainConsole(config) as console:
+            return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
 
 
-def _print_plan(config: Config, workers: int) -> None:
+def _print_plan(prepared: Prepared) -> None:
     from rddm_dist.config import to_yaml
-    from rddm_dist.training.prepare import prepare
 
-    prepared = prepare(config, world_size=workers)
-    say(to_yaml(config).rstrip())
+    say(to_yaml(prepared.config).rstrip())
     say(f"# run folder: {prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})")
     say(
         f"# data: {prepared.manifest.num_samples} pairs in {len(prepared.manifest.shards)} shards, "
@@ -109,14 +123,17 @@ class TrainConsole:
         if event in ("started", "resumed"):
             where = f"resumed at step {record['step']}" if event == "resumed" else "training starts"
             say(f"{where}: {record['plan']}")
+            for text in record["skipped"]:
+                say(f"SKIPPED: {text}")
+            for change in record["changes"]:
+                say(f"changed: {change}")
             self._bar.update(record["step"])
         elif event == "metrics" and "train/loss" in record["metrics"]:
             metrics = record["metrics"]
             note = f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_s']:.1f} images/s"
             self._bar.update(record["step"], note)
         elif event == "metrics":
-            psnr = record["metrics"].get("preview/psnr")
-            say(f"  step {record['step']}: preview PSNR {psnr:.2f} dB")
+            say(f"  step {record['step']}: preview PSNR {float(record['metrics']['preview/psnr']):.2f} dB")
         elif event == "finished":
             if record["status"] == "stopped":
                 say(f"stopped at step {record['step']} ({record['reason']}); the same command continues")

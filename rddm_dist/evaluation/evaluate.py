@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.errors import ConfigError
-from data_pipeline.loader import eval_index, read_sample
+from data_pipeline.errors import BadSample, ConfigError
+from data_pipeline.loader import Sample, eval_index, read_sample
 from data_pipeline.manifest import Manifest
 from data_pipeline.rng import stable_id
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
@@ -85,8 +85,21 @@ class UnitRunner:
         self._images_dir = Path(images_dir) if images_dir else None
 
     def run(self, unit: Unit) -> list[dict[str, Any]]:
-        """Restore and score one forward batch.   -> one row per image: key, name, scores, digest of the result"""
-        samples = [read_sample(self._uri, self._manifest, shard, offset) for _, shard, offset in unit.rows]
+        """Restore and score one forward batch.
+
+        -> one row per image: key, name, scores, digest of the result; or key and `error` for one that cannot be read
+        """
+        samples, failed = [], []
+        for key, shard, offset in unit.rows:
+            try:
+                samples.append(read_sample(self._uri, self._manifest, shard, offset))
+            except BadSample as error:
+                failed.append({"key": key, "error": str(error)})
+        return [*self._score(samples), *failed]
+
+    def _score(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        if not samples:
+            return []
         inputs = np.stack([sample.input for sample in samples])
         masks = [sample.mask for sample in samples if sample.mask is not None]
         restored = self._restorer.restore(

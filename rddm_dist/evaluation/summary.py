@@ -62,11 +62,15 @@ def summarize_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
 def build_report(
     rows: Sequence[Mapping[str, Any]], *, model: Model, data: str, manifest: Manifest, settings: EvalSettings
 ) -> dict[str, Any]:
-    """The object for report.json from the rows of all units, in any order."""
+    """The object for report.json from the rows of all units, in any order; images that failed are listed apart."""
     from rddm_dist.config import identity_digest
     from rddm_dist.evaluation.restore import RestoreSettings
 
     config = model.config
+    scored = [row for row in rows if "error" not in row]
+    failed = sorted((dict(row) for row in rows if "error" in row), key=lambda row: str(row["key"]))
+    if failed and not scored:
+        raise DataError(f"none of the {len(failed)} images can be read; the first: {failed[0]['error']}")
     sampler = RestoreSettings(
         objective=config.diffusion.objective,
         steps=settings.steps,
@@ -78,7 +82,7 @@ def build_report(
     return {
         "format_version": FORMAT_VERSION,
         "protocol": get_protocol(settings.protocol).describe(),
-        "scores": summarize_rows(rows),
+        "scores": summarize_rows(scored),
         "model": {
             "path": str(model.path),
             "weights_digest": model.digest,
@@ -88,7 +92,8 @@ def build_report(
         "data": {"uri": data, "fingerprint": manifest.fingerprint, "num_samples": manifest.num_samples},
         "sampler": sampler.describe(),
         "eval": asdict(settings),
-        "images": sort_rows(rows),
+        "images": sort_rows(scored),
+        "failed": failed,
     }
 
 

@@ -264,6 +264,15 @@ class MlflowTracker:
         os.replace(temporary, self._state_path)
 
 
+def is_behind(run_dir: Path, journal: Path) -> bool:
+    """Whether MLflow still lacks journal records or artifacts of a run that it was told about."""
+    path = run_dir / STATE_FILE
+    if not path.exists():
+        return False
+    state = _State(**json.loads(path.read_text()))
+    return bool(state.artifacts) or (journal.exists() and state.offset < complete_bytes(journal))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted names."""
     flat: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
 from rddm_dist.model.weights import load_safetensors
-from rddm_dist.tracking.store import ensure_experiment, open_client
+from rddm_dist.tracking.store import SQLITE, ensure_experiment, open_client, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,6 +87,8 @@ def resolve(model_uri: str, *, uri: str) -> Path:
     match = MODEL_URI.fullmatch(model_uri)
     if match is None:
         raise ModelError(f"model {model_uri} must look like models:/name@alias or models:/name/3")
+    if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
+        raise ModelError(f"{model_uri} does not exist: there is no registry at {uri}; name it with --tracking-uri")
     client = open_client(uri)
     import mlflow
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data_pipeline.errors import EnvironmentFault, ModelError
+from data_pipeline.errors import ModelError
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import Engine, Piece
@@ -70,23 +70,16 @@ def step_dir(checkpoints: Path, step: int) -> Path:
 def save_checkpoint(checkpoints: Path, engine: Engine, ema: Ema, progress: Progress) -> Path:
     """Write one checkpoint; all ranks call it. Raises EnvironmentFault on every rank when one cannot write."""
     path = step_dir(checkpoints, progress.step)
-    error: Exception | None = None
     written: FileTable = {}
-    try:
+    with comm.together():
         path.mkdir(parents=True, exist_ok=True)
         if not engine.is_replicated or comm.rank() == 0:
             written = _write_rank(path, engine.pieces, ema)
-    except OSError as failure:
-        error = EnvironmentFault(f"cannot write checkpoint {path}: {failure.strerror or failure}")
-    comm.raise_together(error)
     tables = comm.gather_object(written)
-    try:
+    with comm.together():
         if tables is not None:
             files = {name: entry for table in tables for name, entry in table.items()}
             _write_commit(path, progress, engine.shapes, files)
-    except OSError as failure:
-        error = EnvironmentFault(f"cannot commit checkpoint {path}: {failure.strerror or failure}")
-    comm.raise_together(error)
     return path
 
 
@@ -185,8 +178,8 @@ def list_steps(checkpoints: Path) -> list[Path]:
     return sorted((p for p in checkpoints.glob("step-*") if p.is_dir()), reverse=True)
 
 
-def find_newest(checkpoints: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are skipped loudly. None when there is none at all.
+def find_newest(checkpoints: Path, *, skipped: list[str] | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are skipped loudly, and told in `skipped`. None: there is none.
 
     Raises ModelError when committed checkpoints exist but none is sound: starting over in silence is not an option.
     """
@@ -201,6 +194,8 @@ def find_newest(checkpoints: Path) -> Checkpoint | None:
             log.warning("SKIPPING a damaged checkpoint: %s", error)
             damaged.append(str(error))
             continue
+        if skipped is not None:
+            skipped.extend(damaged)
         return checkpoint
     if damaged:
         raise ModelError(
@@ -209,17 +204,21 @@ def find_newest(checkpoints: Path) -> Checkpoint | None:
     return None
 
 
-def sweep(checkpoints: Path, *, keep_last: int) -> None:
-    """Delete unfinished folders and all but the newest `keep_last` committed ones. Rank 0 only."""
+def sweep(checkpoints: Path, *, newest: int, keep_last: int) -> None:
+    """Delete unfinished folders, those newer than step `newest` (the last one known to be sound) and all but the
+    `keep_last` before it. Rank 0 only; what cannot be deleted stays, with a warning."""
     kept = 0
     for path in list_steps(checkpoints):
-        committed = (path / COMMIT).exists()
-        if committed and kept < keep_last:
+        is_committed = (path / COMMIT).exists()
+        if is_committed and path.name <= step_dir(checkpoints, newest).name and kept < keep_last:
             kept += 1
             continue
-        if committed:
-            (path / COMMIT).unlink()  # first, so that a half-deleted folder is not taken for a checkpoint
-        shutil.rmtree(path)
+        try:
+            # COMMIT first, so that a half-deleted folder is not taken for a checkpoint.
+            (path / COMMIT).unlink(missing_ok=True)
+            shutil.rmtree(path)
+        except OSError as error:
+            log.warning("cannot delete %s: %s", path, error)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -263,7 +262,16 @@ class Reader:
 
 
 def load_checkpoint(checkpoint: Checkpoint, engine: Engine, ema: Ema) -> None:
-    """Fill the engine's pieces and the averages from a verified checkpoint of any world size and stage."""
+    """Fill the engine's pieces and the averages from a verified checkpoint of any world size and stage.
+
+    All ranks call it, and fail together.
+    """
+    with comm.together():
+        _read_state(checkpoint, engine, ema)
+    engine.publish_weights()
+
+
+def _read_state(checkpoint: Checkpoint, engine: Engine, ema: Ema) -> None:
     if checkpoint.shapes != engine.shapes:
         raise ModelError(f"checkpoint {checkpoint.path} belongs to a network with other parameters")
     reader = Reader(checkpoint)
@@ -275,7 +283,6 @@ def load_checkpoint(checkpoint: Checkpoint, engine: Engine, ema: Ema) -> None:
         for average in ema.as_pieces():
             reader.read_into(average.weight, EMA, average.name, average.start)
     engine.optimizer_step = checkpoint.progress.optimizer_step
-    engine.publish_weights()
 
 
 def gather_full(pieces: Iterable[Piece], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:

@@ -10,10 +10,13 @@ checkpoints know only pieces, so they are the same for every stage. Where they c
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from rddm_dist.training.toolchain import check_toolchain
 
 log = logging.getLogger(__name__)
 
+LEFT_LOCK_S = 5.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +94,7 @@ class Engine:
         on_gpu = topology.device.type == "cuda"
         check_engine(engine, on_gpu=on_gpu)
         if not on_gpu:
-            check_toolchain()
+            build_operators()
         import deepspeed  # slow, and wants the environment prepared
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -246,6 +250,8 @@ class Engine:
 
 def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:
     """Refuse what cannot work, before anything is allocated."""
+    if not isinstance(engine.deepspeed.get("zero_optimization", {}), dict):
+        raise ConfigError("engine.deepspeed.zero_optimization must be a mapping, for example {overlap_comm: true}")
     for key in DERIVED_KEYS:
         node: Any = engine.deepspeed
         for part in key.split("."):
@@ -264,10 +270,30 @@ def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:
 
 
 def build_operators() -> None:
-    """Compile what DeepSpeed compiles at first use, so that the first training step need not wait for it."""
-    if torch.cuda.is_available():
-        return
+    """Compile, or load, the operator DeepSpeed uses on CPUs; one process at a time.
+
+    torch guards a build with a plain lock file, which a killed build leaves behind: every later process would wait for
+    it for ever, without a word. The kernel's lock around it tells a left one from one in use.
+    """
     check_toolchain()
     from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory
 
-    build_shm_op()
+    folder = Path(_get_build_directory(ShareMemCommBuilder().name, False))
+    chatter = io.StringIO()
+    with open(folder.parent / ".rddm-build.lock", "w") as guard, contextlib.redirect_stdout(chatter):
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        _drop_left_lock(folder / "lock")
+        build_shm_op()
+    log.info("DeepSpeed's operator: %s", chatter.getvalue().strip())
+
+
+def _drop_left_lock(lock: Path) -> None:
+    """Remove torch's lock file unless someone who only loads, which takes no time, holds it right now."""
+    while lock.exists():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > LEFT_LOCK_S:
+                log.warning("removing %s, left by a build that was killed", lock)
+                lock.unlink()
+        time.sleep(0.1)

@@ -90,11 +90,12 @@ def run_loop(
             loss, rate = meter.read()
             metrics = {"train/loss": loss, "train/lr": lr, "train/grad_norm": engine.grad_norm()}
             actions.log(step, {**metrics, "perf/images_per_s": rate})
-        if config.sample.every and (is_last or step % config.sample.every == 0):
-            actions.log(step, actions.preview(step))
-            meter.started = time.monotonic()
         if is_end or step % train.checkpoint_every == 0:
             actions.save(step)
+            meter.started = time.monotonic()
+        # After the save, and not when someone waits for the machine.
+        if config.sample.every and (is_last or step % config.sample.every == 0) and not result.must_stop:
+            actions.log(step, actions.preview(step))
             meter.started = time.monotonic()
         if is_end:
             return step, is_last

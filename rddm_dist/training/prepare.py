@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import choose_lanes
-from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, identity_digest, load_config, to_yaml
+from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
+from rddm_dist.diffusion.sampler import check_sampling
+from rddm_dist.factory import make_schedule
 from rddm_dist.training.plan import BatchPlan, make_plan
+from rddm_dist.training.stopping import REQUEST_FILE
 
-log = logging.getLogger(__name__)
-
-CONFIG_FILE, IDENTITY_FILE = "config.yaml", "identity.json"
+CONFIG_FILE, IDENTITY_FILE, JOURNAL_FILE = "config.yaml", "identity.json", "metrics.jsonl"
+# What a start that came to nothing may leave in a run folder.
+LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, "mlflow.json"}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: where it lives, what it reads, how the batch is spread."""
+    """A checked run: where it lives, what it reads, how the batch is spread.
+
+    `changes`: extendable keys that differ from the earlier start of a continued run, as `name: old -> new`.
+    """
 
     config: Config
     run_dir: Path
@@ -29,6 +34,7 @@ class Prepared:
     plan: BatchPlan
     lanes: int
     is_continued: bool
+    changes: tuple[str, ...] = ()
 
     @property
     def data_fingerprint(self) -> str:
@@ -56,7 +62,13 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     manifest = Manifest.load(config.data.uri)
     _check_images(config, manifest)
     if config.data.eval_uri:
-        Manifest.load(config.data.eval_uri)
+        _check_masks(config, config.data.eval_uri, Manifest.load(config.data.eval_uri))
+    check_sampling(
+        make_schedule(config.diffusion),
+        objective=config.diffusion.objective,
+        steps=config.sample.steps,
+        eta=config.sample.eta,
+    )
     plan = make_plan(
         global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch
     )
@@ -65,8 +77,8 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     is_continued = (run_dir / CONFIG_FILE).exists()
     prepared = Prepared(config, run_dir, manifest, plan, lanes, is_continued)
     if is_continued:
-        _check_continuation(prepared)
-    elif run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in ("logs", "ray")):
+        return replace(prepared, changes=_check_continuation(prepared))
+    if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
         raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
     return prepared
 
@@ -94,14 +106,16 @@ def _check_images(config: Config, manifest: Manifest) -> None:
             raise ConfigError(
                 f"images of {manifest.min_width}x{manifest.min_height} are no multiple of {multiple}; set data.crop"
             )
+    _check_masks(config, config.data.uri, manifest)
+
+
+def _check_masks(config: Config, uri: str, manifest: Manifest) -> None:
     if config.model.condition == "input_mask" and not manifest.has_mask:
-        raise ConfigError(
-            f"model.condition=input_mask needs masks, {config.data.uri} has none; pack with --mask or use input"
-        )
+        raise ConfigError(f"model.condition=input_mask needs masks, {uri} has none; pack with --mask or use input")
 
 
-def _check_continuation(prepared: Prepared) -> None:
-    """Compare with what the folder was started with: identity keys must agree, extendable ones may move."""
+def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
+    """Compare with what the folder was started with: identity keys must agree, extendable ones may move (returned)."""
     run_dir, config = prepared.run_dir, prepared.config
     earlier = load_config(run_dir / CONFIG_FILE)
     changed = differences(earlier, config, IDENTITY)
@@ -110,24 +124,34 @@ def _check_continuation(prepared: Prepared) -> None:
             f"{run_dir} was started with other settings ({'; '.join(changed)}); give those back or choose another "
             "run.name"
         )
-    fingerprint = json.loads((run_dir / IDENTITY_FILE).read_text())["data_fingerprint"]
+    identity = json.loads((run_dir / IDENTITY_FILE).read_text())
+    fingerprint = identity["data_fingerprint"]
     if fingerprint != prepared.data_fingerprint:
         raise ConfigError(
             f"{run_dir} was started on other data (fingerprint {fingerprint[:12]}, {config.data.uri} has "
             f"{prepared.data_fingerprint[:12]}); point data.uri to the same dataset or choose another run.name"
         )
-    for change in differences(earlier, config, EXTENDABLE):
-        log.info("continuing with %s", change)
+    if identity["lanes"] != prepared.lanes:
+        raise ConfigError(
+            f"{run_dir} was started with {identity['lanes']} lanes, now {prepared.lanes} would be chosen; set "
+            f"data.lanes={identity['lanes']}"
+        )
+    return tuple(differences(earlier, config, EXTENDABLE))
+
+
+def make_run_dir(prepared: Prepared) -> None:
+    """Create the run folder, or find out that it cannot be written."""
+    try:
+        prepared.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"run.storage={prepared.config.run.storage} cannot be written ({error.strerror}); choose another --storage"
+        ) from error
 
 
 def write_identity(prepared: Prepared) -> None:
     """Write config.yaml and identity.json into the run folder; config.yaml last, it makes the folder a run."""
-    prepared.run_dir.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "config_digest": identity_digest(prepared.config),
-        "data_fingerprint": prepared.data_fingerprint,
-        "lanes": prepared.lanes,
-    }
+    identity = {"data_fingerprint": prepared.data_fingerprint, "lanes": prepared.lanes}
     for name, text in ((IDENTITY_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, to_yaml(prepared.config))):
         temporary = prepared.run_dir / f".{name}.tmp"
         temporary.write_text(text)

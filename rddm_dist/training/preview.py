@@ -28,6 +28,7 @@ class Preview:
         self._ids = [stable_id(sample.key) for sample in samples]
         self._inputs = np.stack([_center(sample.input, size) for sample in samples])
         self._targets = np.stack([_center(sample.target, size) for sample in samples])
+        self._input_psnr = _mean_psnr(self._inputs, self._targets)
         masks = [_center(sample.mask, size) for sample in samples if sample.mask is not None]
         self._masks = np.stack(masks) if masks else None
 
@@ -46,12 +47,15 @@ class Preview:
         restored = Restorer(net, make_schedule(config.diffusion), settings).restore(
             self._inputs, self._ids, self._masks
         )
-        values = [
-            score(PROTOCOLS["rgb"], image, target, metrics=("psnr",))["psnr"]
-            for image, target in zip(restored, self._targets, strict=True)
-        ]
         rows = [np.concatenate(row, axis=1) for row in zip(self._inputs, restored, self._targets, strict=True)]
-        return {"preview/psnr": float(np.mean(values))}, Image.fromarray(np.concatenate(rows, axis=0))
+        metrics = {"preview/psnr": _mean_psnr(restored, self._targets), "preview/input_psnr": self._input_psnr}
+        return metrics, Image.fromarray(np.concatenate(rows, axis=0))
+
+
+def _mean_psnr(images: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over images of PSNR in dB.   images, targets: (B, H, W, 3) uint8"""
+    pairs = zip(images, targets, strict=True)
+    return float(np.mean([score(PROTOCOLS["rgb"], x, y, metrics=("psnr",))["psnr"] for x, y in pairs]))
 
 
 def _center(image: np.ndarray, size: int) -> np.ndarray:

@@ -13,14 +13,13 @@ from PIL import Image
 from rddm_dist import comm
 from rddm_dist.config import identity_digest, iter_keys
 from rddm_dist.tracking.journal import Journal
-from rddm_dist.training.prepare import CONFIG_FILE, Prepared
+from rddm_dist.training.prepare import CONFIG_FILE, JOURNAL_FILE, Prepared
 
 if TYPE_CHECKING:
     from rddm_dist.tracking.mlflow_tracker import MlflowTracker
 
 log = logging.getLogger(__name__)
 
-JOURNAL_FILE = "metrics.jsonl"
 EventHandler = Callable[[dict[str, Any]], None]
 
 
@@ -60,6 +59,9 @@ class Reporting:
     def saved(self, step: int, path: Path) -> None:
         self.event("saved", step=step, path=str(path))
 
+    def configured(self) -> None:
+        self._artifact(self._prepared.run_dir / CONFIG_FILE, "config")
+
     def exported(self, path: Path) -> None:
         self._artifact(path, "model")
 
@@ -78,26 +80,38 @@ class Reporting:
             self._tracker.log_artifact(path, folder)
 
 
-def open_reporting(prepared: Prepared, on_event: EventHandler, *, step: int, device: str) -> Reporting:
-    """Open the journal and, on rank 0, the MLflow run. All ranks call it; they fail together when tracking is away."""
-    reporting = Reporting(prepared, on_event)
-    error: Exception | None = None
-    if comm.rank() == 0:
-        reporting.event(
-            "resumed" if step else "started",
-            step=step,
-            steps=prepared.config.train.steps,
-            world_size=prepared.plan.world_size,
-            device=device,
-            plan=prepared.plan.describe(),
-        )
-        try:
-            if prepared.config.tracking.backend == "mlflow":
-                reporting.track_with(_start_tracker(prepared))
-        except Exception as failure:  # raised below, on every worker together
-            error = failure
-    comm.raise_together(error)
+def open_reporting(
+    prepared: Prepared, on_event: EventHandler, *, step: int, device: str, skipped: list[str]
+) -> Reporting:
+    """Open the MLflow run and the journal, and write down how the run starts or continues.
+
+    All ranks call it; they fail together when tracking is away. `skipped`: damaged checkpoints that were passed over.
+    """
+    with comm.together():
+        reporting = Reporting(prepared, on_event)
+        if comm.rank() == 0 and prepared.config.tracking.backend == "mlflow":
+            reporting.track_with(_start_tracker(prepared))
+    reporting.event(
+        "resumed" if step else "started",
+        step=step,
+        steps=prepared.config.train.steps,
+        world_size=prepared.plan.world_size,
+        device=device,
+        plan=prepared.plan.describe(),
+        changes=list(prepared.changes),
+        skipped=skipped,
+    )
     return reporting
+
+
+def catch_up(prepared: Prepared) -> bool:
+    """Send MLflow what an outage kept from it, for a run with nothing else to do.   -> whether there was anything"""
+    from rddm_dist.tracking.mlflow_tracker import is_behind
+
+    if prepared.config.tracking.backend != "mlflow" or not is_behind(prepared.run_dir, prepared.run_dir / JOURNAL_FILE):
+        return False
+    _start_tracker(prepared).close("FINISHED")
+    return True
 
 
 def _start_tracker(prepared: Prepared) -> MlflowTracker:
@@ -122,5 +136,4 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
         journal=prepared.run_dir / JOURNAL_FILE,
         dataset=(config.data.uri, prepared.data_fingerprint),
     )
-    tracker.log_artifact(prepared.run_dir / CONFIG_FILE, "config")
     return tracker

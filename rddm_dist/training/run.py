@@ -7,12 +7,11 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from data_pipeline.errors import RddmError
+from data_pipeline.errors import ModelError
 from data_pipeline.loader import build_train_loader
 from data_pipeline.rng import mix_seed
 from rddm_dist import comm
@@ -25,9 +24,9 @@ from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.ema import Ema, make_ema
 from rddm_dist.training.engine import Engine
 from rddm_dist.training.loop import Actions, run_loop
-from rddm_dist.training.prepare import Prepared, prepare, write_identity
+from rddm_dist.training.prepare import JOURNAL_FILE, Prepared, make_run_dir, prepare, run_dir_of, write_identity
 from rddm_dist.training.preview import Preview
-from rddm_dist.training.reporting import JOURNAL_FILE, Reporting, open_reporting
+from rddm_dist.training.reporting import Reporting, open_reporting
 from rddm_dist.training.stopping import StopFlag, clear_request
 
 log = logging.getLogger(__name__)
@@ -61,41 +60,38 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
 
     Every worker calls it with the same config. The run folder `<run.storage>/<run.name>` is continued when it exists.
 
-    Raises UserError for bad input, TrainingFault for a non-finite loss; the same error on every worker.
+    Raises UserError for bad input and TrainingFault for a non-finite loss. What is found while setting up, saving or
+    loading is raised on every worker (`error.is_shared`); what one worker meets in between, such as a shard that is
+    gone, on that one alone, and the launcher ends the others.
     """
     hooks = hooks or Hooks()
     started = time.monotonic()
-    prepared = prepare(config, world_size=topology.world_size)
-    run_dir = prepared.run_dir
-    configure_logging(run_dir / "logs" / f"rank-{topology.rank:05d}.log")
-    _use_threads(config, topology)
-    comm.initialize(topology)
-    engine = make_engine(prepared, topology)
-    ema = make_ema(engine.pieces)
-    if comm.rank() == 0:
-        write_identity(prepared)
-        ckpt.sweep(run_dir / "checkpoints", keep_last=config.train.keep_last)
-    step = resume(prepared, engine, ema)
-    reporting = open_reporting(prepared, hooks.on_event, step=step, device=str(engine.device))
-    stop = StopFlag(run_dir)
-    status: Literal["done", "stopped"] = "done"
-    failure: BaseException | None = None
+    stop = StopFlag(run_dir_of(config))
     try:
-        if step < config.train.steps:
-            step, is_complete = _run(prepared, engine, ema, stop, reporting, first_step=step)
-            status = "done" if is_complete else "stopped"
-        if status == "done":
-            _export(prepared, engine, ema, step, reporting)
-        elif comm.rank() == 0:
-            clear_request(run_dir)
-        reporting.finished(status, step, stop.reason, seconds=time.monotonic() - started)
-    except BaseException as error:
-        failure = error
-        raise
+        comm.initialize(topology)
+        with comm.together():
+            prepared = prepare(config, world_size=topology.world_size)
+            make_run_dir(prepared)
+            configure_logging(prepared.run_dir / "logs" / f"rank-{topology.rank:05d}.log")
+        _use_threads(config, topology)
+        engine = make_engine(prepared, topology)
+        ema = make_ema(engine.pieces)
+        step, skipped = resume(prepared, engine, ema)
+        reporting = open_reporting(prepared, hooks.on_event, step=step, device=str(engine.device), skipped=skipped)
+        _settle(prepared, step)
+        reporting.configured()
+        status = "failed"
+        try:
+            step, status = _run(prepared, engine, ema, stop, reporting, first_step=step)
+            reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
+            reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
+        finally:
+            reporting.close(status)
+        # A launcher that sees one worker gone may signal the others: nobody leaves before all are through.
+        comm.meet()
     finally:
         stop.close()
-        reporting.close(status if failure is None else "failed")
-    return TrainResult(status, step, str(run_dir))
+    return TrainResult("done" if status == "done" else "stopped", step, str(prepared.run_dir))
 
 
 def completed_step(prepared: Prepared) -> int:
@@ -104,6 +100,17 @@ def completed_step(prepared: Prepared) -> int:
         return 0
     found = ckpt.find_newest(prepared.run_dir / "checkpoints")
     return found.progress.step if found and found.progress.step >= prepared.config.train.steps else 0
+
+
+def _settle(prepared: Prepared, step: int) -> None:
+    """Rank 0 makes the folder a run and clears what an earlier start left in it."""
+    with comm.together():
+        if comm.rank() == 0:
+            write_identity(prepared)
+            ckpt.sweep(prepared.run_dir / "checkpoints", newest=step, keep_last=prepared.config.train.keep_last)
+            if step < prepared.config.train.steps:
+                # The export of a shorter run is not this run's.
+                (prepared.run_dir / EXPORT_FILE).unlink(missing_ok=True)
 
 
 def make_engine(prepared: Prepared, topology: Topology) -> Engine:
@@ -115,37 +122,47 @@ def make_engine(prepared: Prepared, topology: Topology) -> Engine:
     return Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
 
 
-def resume(prepared: Prepared, engine: Engine, ema: Ema) -> int:
-    """Load the newest sound checkpoint on every worker.   -> the step to go on from, 0 for a new run"""
+def resume(prepared: Prepared, engine: Engine, ema: Ema) -> tuple[int, list[str]]:
+    """Load the newest sound checkpoint on every worker.
+
+    -> the step to go on from, 0 for a new run; and, on rank 0, what was skipped on the way to it
+    """
     found: ckpt.Checkpoint | None = None
-    error: RddmError | None = None
-    try:
-        found = ckpt.find_newest(prepared.run_dir / "checkpoints") if comm.rank() == 0 else None
-    except RddmError as problem:
-        error = problem
-    comm.raise_together(error)
+    skipped: list[str] = []
+    with comm.together():
+        if comm.rank() == 0:
+            found = ckpt.find_newest(prepared.run_dir / "checkpoints", skipped=skipped)
+            if found is not None and found.progress.config_digest != identity_digest(prepared.config):
+                raise ModelError(f"checkpoint {found.path} was written with other settings than config.yaml says")
     found = comm.broadcast_object(found)
     if found is None:
-        return 0
-    try:
-        ckpt.load_checkpoint(found, engine, ema)
-    except RddmError as problem:
-        error = problem
-    comm.raise_together(error)
-    log.info("resumed from %s at step %d", found.path, found.progress.step)
-    return found.progress.step
+        return 0, []
+    ckpt.load_checkpoint(found, engine, ema)
+    progress = found.progress
+    log.info(
+        "resumed from %s at step %d, written by %d worker(s) at ZeRO stage %d",
+        found.path,
+        progress.step,
+        progress.world_size,
+        progress.zero_stage,
+    )
+    return progress.step, skipped
 
 
 def _use_threads(config: Config, topology: Topology) -> None:
     """Share a node's cores among its workers, so that they do not fight for them."""
-    shared = max(1, (os.cpu_count() or 1) // topology.local_world_size)
+    shared = max(1, len(os.sched_getaffinity(0)) // topology.local_world_size)
     torch.set_num_threads(config.engine.threads or shared)
 
 
 def _run(
     prepared: Prepared, engine: Engine, ema: Ema, stop: StopFlag, reporting: Reporting, *, first_step: int
-) -> tuple[int, bool]:
+) -> tuple[int, Literal["done", "stopped"]]:
+    """Train from `first_step` to the end or a stop.   -> (last finished step, how it ended)"""
     config, plan = prepared.config, prepared.plan
+    if first_step >= config.train.steps:
+        _export(prepared, engine, ema, first_step, reporting)
+        return first_step, "done"
     schedule = make_schedule(config.diffusion).to(engine.device)
     checkpoints = prepared.run_dir / "checkpoints"
     preview = Preview(prepared) if config.sample.every and comm.rank() == 0 else None
@@ -162,7 +179,7 @@ def _run(
         )
         path = ckpt.save_checkpoint(checkpoints, engine, ema, progress)
         if comm.rank() == 0:
-            ckpt.sweep(checkpoints, keep_last=config.train.keep_last)
+            ckpt.sweep(checkpoints, newest=step, keep_last=config.train.keep_last)
             reporting.saved(step, path)
 
     def show(step: int) -> dict[str, float]:
@@ -189,7 +206,7 @@ def _run(
         prefetch_batches=config.data.prefetch_batches,
     )
     try:
-        return run_loop(
+        step, is_complete = run_loop(
             config,
             engine=engine,
             ema=ema,
@@ -200,15 +217,20 @@ def _run(
         )
     finally:
         loader.close()
+    if is_complete:
+        _export(prepared, engine, ema, step, reporting)
+        return step, "done"
+    if comm.rank() == 0:
+        clear_request(prepared.run_dir)
+    return step, "stopped"
 
 
-def _export(prepared: Prepared, engine: Engine, ema: Ema, step: int, reporting: Reporting) -> Path | None:
+def _export(prepared: Prepared, engine: Engine, ema: Ema, step: int, reporting: Reporting) -> None:
     """Write the EMA weights with their config as `<run>/model.safetensors`, the form that leaves the run folder."""
     state = ckpt.gather_full(ema.as_pieces(), engine.shapes)
-    if state is None:
-        return None
     path = prepared.run_dir / EXPORT_FILE
     extra = {"step": str(step), "data_fingerprint": prepared.data_fingerprint, "run": prepared.config.run.name}
-    save_safetensors(path, state, config=prepared.config.model_dump(mode="json"), extra=extra)
+    with comm.together():
+        if state is not None:
+            save_safetensors(path, state, config=prepared.config.model_dump(mode="json"), extra=extra)
     reporting.exported(path)
-    return path

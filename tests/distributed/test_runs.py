@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from data_pipeline.loader import build_train_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import choose_lanes
 from data_pipeline.rng import Draws
+from rddm_dist.model.weights import load_safetensors
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.plan import make_plan
 from tests.support.datasets import make_dataset
-from tests.support.processes import ROOT, finish, free_port, run, run_workers, start_workers
+from tests.support.processes import ROOT, finish, free_port, kill_group, run, run_workers, start_workers
 from tests.support.runs import TRAIN, write_config
 
 BATCH = 6
@@ -135,10 +137,12 @@ def test_sigterm_saves_at_a_step_exits_75_and_the_same_command_goes_on(data: str
     try:
         wait_for_steps(run_dir, 8)
         processes[1].send_signal(signal.SIGTERM)  # one worker is told, all of them stop at one step
-    finally:
         results = [finish(process, timeout_s=60) for process in processes]
+    finally:
+        for process in processes:
+            kill_group(process)
     assert [result.code for result in results] == [75, 75], results[0].text + results[1].text
-    assert "the same command continues" in results[0].stdout
+    assert "(SIGTERM); the same command continues" in results[0].stdout
     stopped = ckpt.find_newest(run_dir / "checkpoints")
     assert stopped is not None and 8 <= stopped.progress.step < 400
     steps = stopped.progress.step + 3
@@ -166,6 +170,55 @@ def test_a_damaged_checkpoint_is_skipped_loudly_and_the_one_before_continues(
     assert "SKIPPING a damaged checkpoint" in log and "at step 5" in log
     expected, state = final_state(undisturbed), final_state(run_dir)
     assert all(torch.equal(expected[name], state[name]) for name in expected)
+
+
+def test_fewer_checkpoints_are_kept_only_of_the_sound_ones(data: str, tmp_path: Path) -> None:
+    run_dir = train(tmp_path, data, 1, "train.checkpoint_every=2", "train.keep_last=5")
+    for step in (8, 10):
+        damaged = ckpt.step_dir(run_dir / "checkpoints", step) / "rank-00000.safetensors"
+        damaged.write_bytes(b"")
+    (run_dir / "model.safetensors").unlink()
+    command = [*TRAIN, str(tmp_path / "tiny.yaml"), "train.checkpoint_every=2"]
+    [result] = run_workers(command, 1, cwd=tmp_path)
+    assert result.code == 0, result.text
+    assert "resumed at step 6" in result.stdout and result.stdout.count("SKIPPED") == 2
+    assert "changed: train.keep_last: 5 -> 2" in result.stdout
+    assert [path.name for path in ckpt.list_steps(run_dir / "checkpoints")] == ["step-00000010", "step-00000008"]
+
+
+def test_the_export_of_a_shorter_run_is_not_taken_for_that_of_a_longer_one(data: str, tmp_path: Path) -> None:
+    """The run is extended and dies after its last save, before it writes its export."""
+    run_dir = train(tmp_path, data, 1)
+    export = run_dir / "model.safetensors"
+    old = export.read_bytes()
+    train(tmp_path, data, 1, "train.steps=12")
+    export.unlink()
+    train(tmp_path, data, 1, "train.steps=12")
+    assert export.read_bytes() != old
+    assert load_safetensors(export)[2]["step"] == "12"
+
+
+def test_a_worker_that_fails_while_loading_does_not_leave_the_others_waiting(data: str, tmp_path: Path) -> None:
+    """Rank 1 sees a rank file vanish after rank 0 verified it; both end with the same error."""
+    run_dir = train(tmp_path, data, 2, "train.steps=5")
+    script = (
+        "import sys\n"
+        "from rddm_dist.training import checkpoint\n"
+        "from rddm_dist import comm\n"
+        "from rddm_dist.cli.torchrun import main\n"
+        "read = checkpoint._read_state\n"
+        "def failing(*args):\n"
+        "    if comm.rank() == 1:\n"
+        "        raise FileNotFoundError(2, 'No such file', 'rank-00001.safetensors')\n"
+        "    return read(*args)\n"
+        "checkpoint._read_state = failing\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "tiny.yaml")]
+    results = run_workers(command, 2, cwd=tmp_path, timeout_s=60)
+    assert [result.code for result in results] == [2, 2] or {result.code for result in results} == {1, 2}
+    assert "rank-00001.safetensors" in results[0].stderr
+    assert run_dir.exists()
 
 
 def test_losses_of_the_demo_preset_agree_to_one_percent(data: str, tmp_path: Path) -> None:

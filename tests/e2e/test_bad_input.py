@@ -100,6 +100,10 @@ def test_pack_with_no_source(refused: Refused, tmp_path: Path) -> None:
         ("engine.precision=fp16", "engine.precision=fp16 needs a GPU"),
         ("run.storage=s3://bucket/runs", "run.storage=s3://bucket/runs"),
         ("engine.deepspeed={optimizer: {type: Adam}}", "engine.deepspeed.optimizer is derived"),
+        ("engine.deepspeed={zero_optimization: 3}", "engine.deepspeed.zero_optimization must be a mapping"),
+        ("optim.betas=[0.9, 1.5]", "optim.betas"),
+        ("model.dim_mults=[0, 1]", "model.dim_mults"),
+        ("diffusion.objective=pred_noise", "diffusion.objective=pred_noise cannot recover the image"),
     ],
 )
 def test_train_with_a_wrong_setting(
@@ -125,6 +129,20 @@ def test_continuing_with_another_identity(refused: Refused, tiny_run: TinyRun, t
     assert (tiny_run.run_dir / "config.yaml").read_bytes() == before
 
 
+def test_names_are_taken_as_they_are(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """A run called 2024, a folder with a blank and a hash: YAML has no say in them."""
+    storage = tmp_path / "my #1"
+    result = rddm("train", str(tiny_run.config), "--run", "2024", "--storage", str(storage), "--dry-run", cwd=tmp_path)
+    assert result.code == 0, result.text
+    assert f"# run folder: {storage / '2024'} (new)" in result.stdout
+
+
+def test_storage_that_cannot_be_written(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    line = refused("train", tiny_run.config, "--storage", tmp_path / "file")
+    assert "run.storage" in line and "cannot be written" in line
+
+
 def test_a_folder_that_is_no_run(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "thesis.tex").write_text("precious")
@@ -143,7 +161,7 @@ def test_no_compiler(refused: Refused, tiny_run: TinyRun, tmp_path: Path, monkey
     ("model", "said"),
     [
         ("runs/absent", "does not exist"),
-        ("models:/nothing@champion", "does not exist"),
+        ("models:/nothing@champion", "there is no registry at"),
         ("models:/nothing", "must look like"),
     ],
 )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import sys
 import time
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from data_pipeline.manifest import Manifest
+from data_pipeline.reader import load_index
 from tests.e2e.conftest import TinyRun
 from tests.support.datasets import make_dataset
-from tests.support.processes import ROOT, Finished, finish, kill_group, rddm, run, start
+from tests.support.processes import RDDM, ROOT, Finished, finish, kill_group, rddm, run, start
 from tests.support.runs import write_config
 
-pytestmark = pytest.mark.ray
-RDDM = (sys.executable, "-m", "rddm_dist.cli.main")
+# Every command has a limit of its own; this one is for what they add up to.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(620)]
 
 
 def done(result: Finished) -> Finished:
@@ -114,11 +118,7 @@ def test_sigterm_to_rddm_train_saves_and_exits_75_and_the_command_goes_on(tmp_pa
     run_dir = tmp_path / "runs" / "tiny"
     process = start([*RDDM, "train", str(config), "--workers", "2", "train.steps=5000"], cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not ((run_dir / "metrics.jsonl").exists() and "train/loss" in (run_dir / "metrics.jsonl").read_text()):
-            assert process.poll() is None, finish(process, timeout_s=5).text
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for_text(process, run_dir / "metrics.jsonl", "train/loss")
         process.send_signal(signal.SIGTERM)
         result = finish(process, timeout_s=90)
     finally:
@@ -131,6 +131,76 @@ def test_sigterm_to_rddm_train_saves_and_exits_75_and_the_command_goes_on(tmp_pa
         rddm("train", str(config), "--workers", "2", f"train.steps={stopped + 2}", cwd=tmp_path, timeout_s=150)
     )
     assert f"resumed at step {stopped}" in again.stdout and f"trained to step {stopped + 2}" in again.stdout
+
+
+def test_a_stop_while_workers_start_saves_nothing_and_breaks_nothing(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path, count=8, size=(40, 48))
+    config = write_config(tmp_path, data)
+    run_dir = tmp_path / "runs" / "tiny"
+    process = start([*RDDM, "train", str(config)], cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run_dir / "logs" / "driver.log").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1.0)  # Ray starts its workers
+        process.send_signal(signal.SIGTERM)
+        result = finish(process, timeout_s=90)
+    finally:
+        kill_group(process)
+    assert result.code == 75, result.text
+    again = done(rddm("train", str(config), cwd=tmp_path, timeout_s=120))
+    assert "trained to step 10" in again.stdout
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path, count=8, size=(40, 48))
+    config = write_config(tmp_path, data)
+    run_dir = tmp_path / "runs" / "tiny"
+    process = start([*RDDM, "train", str(config), "train.steps=5000"], cwd=tmp_path)
+    try:
+        wait_for_text(process, run_dir / "metrics.jsonl", '"event":"saved"')
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "RayTrainWorker" in child.name() or any("RayTrainWorker" in part for part in child.cmdline())
+        ]
+        assert workers
+        for worker in workers:
+            worker.kill()
+        result = finish(process, timeout_s=120)
+    finally:
+        kill_group(process)
+    assert result.code == 1, result.text
+    assert len(result.stderr.splitlines()) == 1 and "a worker failed" in result.stderr, result.stderr
+
+
+def wait_for_text(process: Popen[str], path: Path, text: str, *, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, finish(process, timeout_s=5).text
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_an_image_that_cannot_be_read_is_listed_and_the_rest_is_scored(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The bytes of one image in a shard are damaged: exit code 3, the same report from actors and from this process."""
+    data = tmp_path / "damaged"
+    shutil.copytree(tiny_run.data, data)
+    manifest = Manifest.load(str(data))
+    entry = load_index(str(data), manifest.shards[0], has_mask=False)[0]
+    with open(data / manifest.shards[0].name, "r+b") as shard:
+        shard.seek(entry.members[0].start)
+        shard.write(b"no image at all")
+    for actors in ("0", "2"):
+        result = rddm("evaluate", str(tiny_run.run_dir), "--data", str(data), "--actors", actors, "--out", f"r{actors}",
+                      cwd=tmp_path, timeout_s=120)  # fmt: skip
+        assert result.code == 3, result.text
+        assert f"failed: {entry.key}" in result.stdout and not result.stderr, result.text
+    reports = [(tmp_path / f"r{actors}" / "report.json").read_bytes() for actors in ("0", "2")]
+    assert reports[0] == reports[1]
+    report = json.loads(reports[0])
+    assert [row["key"] for row in report["failed"]] == [entry.key] and len(report["images"]) == 7
 
 
 def test_a_fault_in_a_ray_worker_is_one_line(tmp_path: Path) -> None:
