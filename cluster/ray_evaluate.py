@@ -36,13 +36,13 @@ class _Actor:
 
 
 def _quiet_ray_data() -> None:
-    """No progress bars of its own, and its log records into our log file instead of the console."""
+    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logger = logging.getLogger("ray.data")
     for handler in list(logger.handlers):
-        if type(handler).__module__.startswith("ray.") or type(handler) is logging.StreamHandler:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)
-    logger.propagate = True
+    logger.propagate = False
 
 
 def run_on_ray(

@@ -105,19 +105,19 @@ def _fit(trainer: TorchTrainer, on_tick: Callable[[], None]) -> None:
         thread.join(POLL_S)
         on_tick()
     if outcome:
-        log.error("Ray reports", exc_info=outcome[0])
+        log.info("what Ray reports", exc_info=outcome[0])  # whole in the log; one line to the person
         raise _ours(outcome[0])
 
 
 def _ours(error: BaseException) -> RddmError:
-    """The first of our errors among what the workers raised, else a fault that says what Ray says in its first line."""
-    failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
-    for failure in (*failures, error):
+    """The first of our errors among what the workers raised, else a fault that names who failed of what."""
+    failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
+    for failure in (*failures.values(), error):
         cause: BaseException | None = failure
         while cause is not None:
             for candidate in (getattr(cause, "cause", None), cause):
                 if isinstance(candidate, RddmError):
                     return candidate
             cause = cause.__cause__
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return TrainingFault(f"a worker failed ({first.strip()[:200]}); the logs say more, and the same command continues")
+    told = ", ".join(f"worker {rank}: {type(failure).__name__}" for rank, failure in failures.items())
+    return TrainingFault(f"{told or type(error).__name__}; logs/driver.log says more, and the same command continues")

@@ -7,12 +7,14 @@ With a single process every function is the identity, so callers never ask wheth
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,9 +71,18 @@ def initialize(topology: Topology, *, timeout_s: float = 1800.0) -> None:
     dist.init_process_group(backend, timeout=timeout)
 
 
-def shutdown() -> None:
+def leave(code: int) -> NoReturn:
+    """End this worker's process with an exit code.
+
+    Threads of gloo that outlive the group abort an interpreter that takes itself down in the usual way now and then
+    ("terminate called without an active exception"), after all work is done; so it does not.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _alone() -> bool:

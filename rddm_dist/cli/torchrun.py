@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from rddm_dist.cli.train import TrainConsole, run_overrides
-    from rddm_dist.comm import shutdown, topology_from_env
+    from rddm_dist.comm import leave, topology_from_env
     from rddm_dist.config import load_config
     from rddm_dist.training.prepare import run_dir_of
     from rddm_dist.training.run import Hooks, train
@@ -45,5 +45,4 @@ def main() -> None:
         elif not is_alone and not error.is_shared:
             print(f"error: worker {topology.rank}: {error}", file=sys.stderr)
         code = error.exit_code
-    shutdown()
-    sys.exit(code)
+    leave(code)

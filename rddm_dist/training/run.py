@@ -87,6 +87,7 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
             reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
         finally:
             reporting.close(status)
+        engine.close()
         # A launcher that sees one worker gone may signal the others: nobody leaves before all are through.
         comm.meet()
     finally:

@@ -172,7 +172,7 @@ def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Pa
     finally:
         kill_group(process)
     assert result.code == 1, result.text
-    assert len(result.stderr.splitlines()) == 1 and "a worker failed" in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "worker 0: " in result.stderr, result.stderr
 
 
 def wait_for_text(process: Popen[str], path: Path, text: str, *, timeout_s: float = 120) -> None:

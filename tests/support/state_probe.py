@@ -127,4 +127,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     comm.initialize(here)
     {"save": save, "load": load}[sys.argv[1]](Path(sys.argv[2]), here)
-    comm.shutdown()
+    comm.leave(0)

@@ -19,7 +19,7 @@ def test_batch_sizes_are_derived_and_multiply() -> None:
     plan = make_plan(global_batch=10, world_size=4, micro_batch=2)
     config = deepspeed_config(EngineSection(zero_stage=2), OptimSection(), plan)
     micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
-    assert config["train_batch_size"] == micro * accumulation * 4 == 12
+    assert config["train_batch_size"] == micro * accumulation * 4 == 16
 
 
 def test_further_keys_are_merged_into_the_derived_ones() -> None:
