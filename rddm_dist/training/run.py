@@ -165,6 +165,44 @@ def _run(
         _export(prepared, engine, ema, first_step, reporting)
         return first_step, "done"
     schedule = make_schedule(config.diffusion).to(engine.device)
+    loader = build_train_loader(
+        config.data.uri,
+        prepared.manifest,
+        seed=config.train.seed,
+        global_batch=plan.global_batch,
+        lanes=prepared.lanes,
+        rank=comm.rank(),
+        world_size=plan.world_size,
+        rows_per_rank=plan.rows_per_rank,
+        start_step=first_step,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        threads=config.data.threads,
+        prefetch_batches=config.data.prefetch_batches,
+    )
+    try:
+        step, is_complete = run_loop(
+            config,
+            engine=engine,
+            ema=ema,
+            schedule=schedule,
+            batches=loader,
+            stop=stop,
+            actions=_make_actions(prepared, engine, ema, reporting),
+        )
+    finally:
+        loader.close()
+    if is_complete:
+        _export(prepared, engine, ema, step, reporting)
+        return step, "done"
+    if comm.rank() == 0:
+        clear_request(prepared.run_dir)
+    return step, "stopped"
+
+
+def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Reporting) -> Actions:
+    """What the loop does on log, preview and save steps."""
+    config, plan = prepared.config, prepared.plan
     checkpoints = prepared.run_dir / "checkpoints"
     preview = Preview(prepared) if config.sample.every and comm.rank() == 0 else None
 
@@ -191,39 +229,7 @@ def _run(
         reporting.preview(step, grid)
         return metrics
 
-    loader = build_train_loader(
-        config.data.uri,
-        prepared.manifest,
-        seed=config.train.seed,
-        global_batch=plan.global_batch,
-        lanes=prepared.lanes,
-        rank=comm.rank(),
-        world_size=plan.world_size,
-        rows_per_rank=plan.rows_per_rank,
-        start_step=first_step,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        threads=config.data.threads,
-        prefetch_batches=config.data.prefetch_batches,
-    )
-    try:
-        step, is_complete = run_loop(
-            config,
-            engine=engine,
-            ema=ema,
-            schedule=schedule,
-            batches=loader,
-            stop=stop,
-            actions=Actions(log=reporting.metrics, preview=show, save=save),
-        )
-    finally:
-        loader.close()
-    if is_complete:
-        _export(prepared, engine, ema, step, reporting)
-        return step, "done"
-    if comm.rank() == 0:
-        clear_request(prepared.run_dir)
-    return step, "stopped"
+    return Actions(log=reporting.metrics, preview=show, save=save)
 
 
 def _export(prepared: Prepared, engine: Engine, ema: Ema, step: int, reporting: Reporting) -> None:

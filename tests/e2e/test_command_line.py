@@ -1,0 +1,46 @@
+"""The command line as such: quick to answer, an example on every page, an honest doctor."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rddm_dist.cli.main import app
+from tests.support.processes import rddm, run
+
+COMMANDS = ["pack", "train", "evaluate", "restore", "register", "doctor", "demo"]
+
+
+def test_these_are_all_the_commands() -> None:
+    assert sorted(info.name or info.callback.__name__ for info in app.registered_commands if info.callback) == sorted(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_shows_an_example(command: str, tmp_path: Path) -> None:
+    result = rddm(command, "--help", cwd=tmp_path)
+    assert result.code == 0
+    assert f"Example: rddm {command}" in re.sub(r"\s+", " ", result.stdout)
+    assert len(result.stdout.splitlines()) <= 40
+
+
+def test_help_waits_for_no_heavy_import(tmp_path: Path) -> None:
+    script = (
+        "import sys, rddm_dist.cli.main\n"
+        "print(sorted({'torch', 'ray', 'mlflow', 'deepspeed', 'numpy', 'PIL', 'pydantic'} & set(sys.modules)))"
+    )
+    result = run([sys.executable, "-c", script], cwd=tmp_path)
+    assert result.stdout.strip() == "[]", result.text
+
+
+def test_the_doctor_finds_this_machine_fit_and_a_missing_compiler(tmp_path: Path) -> None:
+    fit = rddm("doctor", cwd=tmp_path)
+    assert fit.code == 0 and "ready to train" in fit.stdout, fit.text
+    for name in ("torch", "deepspeed", "ray", "C++ compiler", "/dev/shm"):
+        assert name in fit.stdout
+    unfit = rddm("doctor", cwd=tmp_path, env={"CXX": "no-such-compiler"})
+    assert unfit.code == 2 and "1 thing(s) to fix" in unfit.stdout and "apt-get install g++" in unfit.stdout
