@@ -20,6 +20,9 @@ def check_toolchain() -> str:
         # `.venv/bin/rddm` without an activated environment: ninja lies beside the interpreter.
         os.environ["PATH"] = bin_dir + os.pathsep + os.environ.get("PATH", "")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if os.access(sys.prefix, os.W_OK):
+        # A build belongs to its environment: in torch's one cache per user, two environments rebuild each other's.
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     name = os.environ.get("CXX", "c++")
     compiler = shutil.which(name)
     if compiler is None:

@@ -120,6 +120,22 @@ def test_losses_do_not_depend_on_the_number_of_workers(
     assert losses == pytest.approx(journal_losses(undisturbed), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        (("engine.precision=bf16", "engine.zero_stage=1"), 2e-2),
+        (("engine.precision=bf16", "engine.zero_stage=3"), 2e-2),
+        (("engine.offload_optimizer=true", "engine.activation_checkpointing=true", "train.micro_batch=1"), 1e-5),
+    ],
+)
+def test_how_the_hardware_does_it_may_change_in_the_middle_of_a_run(
+    data: str, undisturbed: Path, tmp_path: Path, overrides: tuple[str, ...], tolerance: float
+) -> None:
+    train(tmp_path, data, 2, "train.steps=5", *overrides)
+    losses = journal_losses(train(tmp_path, data, 2))
+    assert losses == pytest.approx(journal_losses(undisturbed), rel=tolerance)
+
+
 def test_a_run_stopped_halfway_ends_with_the_same_bits(data: str, undisturbed: Path, tmp_path: Path) -> None:
     train(tmp_path, data, 2, "train.steps=5")
     resumed = train(tmp_path, data, 2)
