@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from PIL import Image
 
 from rddm_dist.cli.progress import say
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rddm_dist.evaluation.baseline import Baseline
     from rddm_dist.loading import Model
 
@@ -87,6 +87,8 @@ def _pack_data(photos: Path, uris: dict[str, str]) -> None:
 def _restore_through_registry(model_uri: str, tracking_uri: str, data: str, run_dir: Path) -> Path:
     """Load the champion as any MLflow user would and restore one held-out image with it."""
     import mlflow
+    import numpy as np
+    from PIL import Image
 
     from data_pipeline.loader import eval_index, read_sample
     from data_pipeline.manifest import Manifest
@@ -149,4 +151,4 @@ def _baseline_psnr(baseline: Baseline, uri: str) -> float:
     from rddm_dist.evaluation.protocol import PROTOCOLS, score
 
     values = [score(PROTOCOLS["rgb"], baseline.apply(x), y, metrics=("psnr",))["psnr"] for x, y in _read_pairs(uri)]
-    return float(np.mean(values))
+    return sum(values) / len(values)
