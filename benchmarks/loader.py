@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -136,9 +136,15 @@ def webdataset(work: Work) -> Arm:
         .batched(work.batch, collation_fn=collate)
     )
 
+    return _epochs(dataset, work)
+
+
+def _epochs(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], work: Work) -> Arm:
+    """An arm that walks something iterable once per epoch."""
+
     def run(epoch: int) -> Run:
         yield
-        for x, y in dataset:
+        for x, y in batches:
             _check(x, y, work)
             yield
 
@@ -159,13 +165,7 @@ def folder(work: Work) -> Arm:
         Files(), batch_size=work.batch, shuffle=True, num_workers=0, collate_fn=collate
     )
 
-    def run(epoch: int) -> Run:
-        yield
-        for x, y in loader:
-            _check(x, y, work)
-            yield
-
-    return run
+    return _epochs(loader, work)
 
 
 def bare_decode(work: Work) -> Arm:

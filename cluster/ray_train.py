@@ -19,8 +19,8 @@ from cluster.ray_session import ray_session
 from data_pipeline.errors import RddmError, TrainingFault
 from rddm_dist.config import Config, parse_config
 from rddm_dist.tracking.journal import follow_journal
-from rddm_dist.training.prepare import run_dir_of
-from rddm_dist.training.run import JOURNAL_FILE, TrainResult
+from rddm_dist.training.prepare import JOURNAL_FILE, run_dir_of
+from rddm_dist.training.run import TrainResult
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def train_on_ray(
     """Run `config` on `workers` Ray Train workers and wait.
 
     `on_event` hears every journal record as it appears. Raises the worker's own error when it is one of ours,
-    else TrainingFault with what Ray says.
+    else a TrainingFault that names the workers that failed.
     """
     run_dir = run_dir_of(config)
     with ray_session(cpus=workers):

@@ -24,7 +24,7 @@ from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.ema import Ema, make_ema
 from rddm_dist.training.engine import Engine
 from rddm_dist.training.loop import Actions, run_loop
-from rddm_dist.training.prepare import JOURNAL_FILE, Prepared, make_run_dir, prepare, run_dir_of, write_identity
+from rddm_dist.training.prepare import Prepared, make_run_dir, prepare, run_dir_of, write_identity
 from rddm_dist.training.preview import Preview
 from rddm_dist.training.reporting import Reporting, open_reporting
 from rddm_dist.training.stopping import StopFlag, clear_request
@@ -32,7 +32,6 @@ from rddm_dist.training.stopping import StopFlag, clear_request
 log = logging.getLogger(__name__)
 
 EXPORT_FILE = "model.safetensors"
-__all__ = ["EXPORT_FILE", "JOURNAL_FILE", "Hooks", "TrainResult", "completed_step", "train"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
         ema = make_ema(engine.pieces)
         step, skipped = resume(prepared, engine, ema)
         reporting = open_reporting(prepared, hooks.on_event, step=step, device=str(engine.device), skipped=skipped)
-        _settle(prepared, step)
-        reporting.configured()
         status = "failed"
         try:
+            _settle(prepared, step)
+            reporting.configured()
             step, status = _run(prepared, engine, ema, stop, reporting, first_step=step)
             reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
             reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
