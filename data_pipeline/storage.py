@@ -4,14 +4,49 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, DataError, EnvironmentFault, UserError
+from data_pipeline.retry import DEFAULT_RETRY, READ_ADVICE, RetryPolicy, call, explained, http_status, one_line
+
+T = TypeVar("T")
 
 MAX_OPEN_FILES = 64
+CHUNK_BYTES = 8 << 20
+MAX_CONNECTIONS = 64  # of one process to S3
+WRITE_ADVICE = "check the network and the server, then run the command again"
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+READ_ONLY = ("http", "https")
+RANGE_NOT_SATISFIABLE = 416
+# A filesystem takes these from the environment when it is made; a change of them makes a new one.
+SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "FSSPEC_")
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Something this process waits for: what it is, and since when (seconds of time.monotonic())."""
+
+    what: str
+    started: float
+
+
+class _OpenFile(NamedTuple):
+    identity: tuple[int, int, int]
+    file: BinaryIO
+
+
+# State of this process: local files kept open for read_range, and what its threads wait for. Single dict operations
+# are atomic, so that neither needs a lock (which a fork could copy locked); a process id in the key keeps what a
+# parent's threads waited for out of its forked children's sight.
+_open_files: dict[str, _OpenFile] = {}
+_waiting: dict[tuple[int, object], InFlight] = {}
 
 
 def is_local(uri: str) -> bool:
@@ -29,66 +64,200 @@ def join(uri: str, name: str) -> str:
     return f"{uri.rstrip('/')}/{name}" if uri.strip("/") else f"{uri}{name}"
 
 
-def exists(uri: str) -> bool:
+def in_flight() -> tuple[InFlight, ...]:
+    """The remote reads and cache downloads that this process waits for now, the oldest first."""
+    pid = os.getpid()
+    return tuple(sorted((entry for key, entry in list(_waiting.items()) if key[0] == pid), key=lambda e: e.started))
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Name in `in_flight()` what the block waits for."""
+    key = (os.getpid(), object())
+    _waiting[key] = InFlight(what, time.monotonic())
+    try:
+        yield
+    finally:
+        del _waiting[key]
+
+
+def shown(uri: str) -> str:
+    """The URL without its query, which may hold a signature."""
+    return uri.partition("?")[0]
+
+
+def exists(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bool:
+    """Whether there is a file or folder. A missing bucket is a ConfigError."""
     if is_local(uri):
         return local_path(uri).exists()
-    filesystem, path = _remote(uri)
-    return bool(filesystem.exists(path))
+    try:
+        _persist(lambda limit_s: _once(uri, "info", limit_s), uri, what=shown(uri), retry=retry)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def size(uri: str) -> int:
+def size(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if is_local(uri):
         return local_path(uri).stat().st_size
-    filesystem, path = _remote(uri)
-    return int(filesystem.size(path))
+    what = f"the size of {shown(uri)}"
+    with waiting(what):
+        return _persist(lambda limit_s: _size_once(uri, limit_s), uri, what=what, retry=retry)
 
 
-def list_names(uri: str) -> list[str]:
-    """Sorted names of what a folder holds; [] where there is no such folder."""
+def list_names(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
+    """Sorted names of what a folder holds; [] where there is no such folder. A missing bucket is a ConfigError."""
     if is_local(uri):
         folder = local_path(uri)
         return sorted(os.listdir(folder)) if folder.exists() else []
-    filesystem, path = _remote(uri)
-    if not filesystem.exists(path):
+    _, path = _remote(uri)
+    what = f"the names in {shown(uri)}"
+    try:
+        found = _persist(lambda limit_s: _once(uri, "ls", limit_s, detail=False), uri, what=what, retry=retry)
+    except FileNotFoundError:
         return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+    # A folder made by hand in an object store lists itself.
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != path.rstrip("/"))
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bytes:
     """A whole file. Raises FileNotFoundError."""
-    if is_local(uri):
-        return local_path(uri).read_bytes()
-    filesystem, path = _remote(uri)
-    return bytes(filesystem.cat_file(path))
+    return local_path(uri).read_bytes() if is_local(uri) else b"".join(read_chunks(uri, retry=retry))
 
 
-def read_range(uri: str, start: int, length: int) -> bytes:
-    """`length` bytes from byte `start`; fewer where the file ends. Any number of threads may call it."""
+def read_range(uri: str, start: int, length: int, *, retry: RetryPolicy = DEFAULT_RETRY) -> bytes:
+    """`length` bytes from byte `start`; fewer where the file ends. Any number of threads may call it.
+
+    A remote answer that is cut short is asked for again. Raises FileNotFoundError; EnvironmentFault past the deadline.
+    """
     if is_local(uri):
-        path = local_path(uri)
-        stat = path.stat()
-        # The key names this very file: another one written under the same name later is opened anew.
-        file = _open(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        file = _open(uri.removeprefix("file://"))
         return os.pread(file.fileno(), length, start)
-    filesystem, place = _remote(uri)
-    return bytes(filesystem.cat_file(place, start=start, end=start + length))
+    if length == 0:
+        return b""
+    what = f"bytes {start}-{start + length} of {shown(uri)}"
+    with waiting(what):
+        return _persist(
+            lambda limit_s: _range_once(uri, start, length, limit_s), uri, what=what, retry=retry.for_bytes(length)
+        )
 
 
-def write_bytes_atomic(uri: str, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    if not is_local(uri):
-        filesystem, place = _remote(uri)
-        try:
-            filesystem.pipe_file(place, data)
-        except NotImplementedError as error:
-            raise ConfigError(f"{uri} cannot be written; give a folder or an s3:// URL") from error
+def read_chunks(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Iterator[bytes]:
+    """A whole file in pieces of CHUNK_BYTES, each retried by itself. Raises FileNotFoundError."""
+    if is_local(uri):
+        with open(local_path(uri), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
         return
-    path = local_path(uri)
+    total = size(uri, retry=retry)
+    for start in range(0, total, CHUNK_BYTES):
+        length = min(CHUNK_BYTES, total - start)
+        chunk = read_range(uri, start, length, retry=retry)
+        if len(chunk) != length:
+            raise DataError(f"{shown(uri)} became shorter while it was read; run again when nobody writes it")
+        yield chunk
+
+
+def download(
+    uri: str,
+    path: Path,
+    *,
+    retry: RetryPolicy = DEFAULT_RETRY,
+    on_chunk: Callable[[bytes], object] | None = None,
+) -> int:
+    """Copy a whole file to a local path in bounded memory.   -> its bytes
+
+    on_chunk: called with each piece in order, once. After an error nothing is left at `path`.
+    """
+    written = 0
+    try:
+        with open(path, "wb") as file:
+            for chunk in read_chunks(uri, retry=retry):
+                written += file.write(chunk)
+                if on_chunk is not None:
+                    on_chunk(chunk)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def write_bytes_atomic(uri: str, data: bytes, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    if is_local(uri):
+        with _replacing(local_path(uri)) as file:
+            file.write(data)
+        return
+    _refuse_read_only(uri)
+    _persist(
+        lambda limit_s: _once(uri, "pipe_file", limit_s, data),
+        uri,
+        what=f"writing {shown(uri)}",
+        retry=retry.for_bytes(len(data)),
+        advice=WRITE_ADVICE,
+    )
+
+
+def upload(local: Path, uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    """Copy a file to `uri` so that a reader sees all of it or none."""
+    if is_local(uri):
+        with open(local, "rb") as source, _replacing(local_path(uri)) as file:
+            shutil.copyfileobj(source, file, CHUNK_BYTES)
+        return
+    _refuse_read_only(uri)
+    _persist(
+        lambda limit_s: _once(uri, "put_file", limit_s, before=(str(local),)),
+        uri,
+        what=f"uploading {shown(uri)}",
+        retry=retry.for_bytes(local.stat().st_size),
+        advice=WRITE_ADVICE,
+    )
+
+
+def remove(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    """Delete a file; it may be gone already."""
+    if is_local(uri):
+        local_path(uri).unlink(missing_ok=True)
+        return
+    _refuse_read_only(uri)
+    what = f"removing {shown(uri)}"
+    try:
+        _persist(lambda limit_s: _once(uri, "rm_file", limit_s), uri, what=what, retry=retry, advice=WRITE_ADVICE)
+    except FileNotFoundError:
+        return
+
+
+def make_folder(uri: str) -> None:
+    """Make a local folder and those above it; object stores have no folders and need none."""
+    if is_local(uri):
+        local_path(uri).mkdir(parents=True, exist_ok=True)
+
+
+def _open(path: str) -> BinaryIO:
+    """The local file, open: the one that has this name now, also where another was read under it before."""
+    found = os.stat(path)
+    identity = (found.st_ino, found.st_mtime_ns, found.st_size)
+    entry = _open_files.get(path)
+    if entry is not None and entry.identity == identity:
+        return entry.file
+    # Deleted files give back their space only when they are closed. Not closed by hand: a file is closed when the
+    # last thread that reads it lets go.
+    for name, other in list(_open_files.items()):
+        if os.fstat(other.file.fileno()).st_nlink == 0 or len(_open_files) >= MAX_OPEN_FILES:
+            _open_files.pop(name, None)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - kept open
+    _open_files[path] = _OpenFile(identity, file)
+    return file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the name `path` when the block ends, and is gone when the block raises."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -97,39 +266,101 @@ def write_bytes_atomic(uri: str, data: bytes) -> None:
         raise
 
 
-def upload(local: Path, uri: str) -> None:
-    """Copy a file to `uri`."""
-    if is_local(uri):
-        shutil.copyfile(local, local_path(uri))
-        return
+def _range_once(uri: str, start: int, length: int, limit_s: float) -> bytes:
+    try:
+        data = bytes(_once(uri, "cat_file", limit_s, start=start, end=start + length))
+    except Exception as error:
+        if http_status(error) != RANGE_NOT_SATISFIABLE:
+            raise
+        data = b""  # what servers say to a range behind the end; the size tells below whether it is
+    if len(data) < length:
+        expected = max(0, min(length, _size_once(uri, limit_s) - start))
+        if len(data) < expected:
+            raise ConnectionError(f"{len(data)} of {expected} bytes came")
+        length = expected
+    if len(data) > length:
+        raise ConfigError(
+            f"the server of {shown(uri)} ignores range requests; serve it from one that answers them (S3, nginx), "
+            "or copy the dataset to a local folder"
+        )
+    return data
+
+
+def _size_once(uri: str, limit_s: float) -> int:
+    found = _once(uri, "info", limit_s)
+    if found["type"] == "directory":
+        raise IsADirectoryError(f"{shown(uri)} is a folder")
+    if found["size"] is None:
+        raise EnvironmentFault(
+            f"the server of {shown(uri)} does not tell the size of the file; serve it from one that does (S3, nginx)"
+        )
+    return int(found["size"])
+
+
+def _once(uri: str, method: str, limit_s: float, *after: Any, before: tuple[Any, ...] = (), **options: Any) -> Any:
+    """One call of a filesystem's method with (*before, path, *after); asynchronous ones are cut after `limit_s`."""
+    import fsspec.asyn
+
     filesystem, path = _remote(uri)
-    filesystem.put_file(str(local), path)
+    arguments = (*before, path, *after)
+    if not filesystem.async_impl:
+        return getattr(filesystem, method)(*arguments, **options)
+    function = getattr(filesystem, f"_{method}")
+    return fsspec.asyn.sync(filesystem.loop, function, *arguments, timeout=limit_s, **options)
 
 
-def remove(uri: str) -> None:
-    """Delete a file; it may be gone already."""
-    if is_local(uri):
-        local_path(uri).unlink(missing_ok=True)
-        return
-    filesystem, path = _remote(uri)
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+def _persist(
+    operation: Callable[[float], T], uri: str, *, what: str, retry: RetryPolicy, advice: str = READ_ADVICE
+) -> T:
+    """`operation` under the policy; what a user can mend is raised as one line."""
+    try:
+        return call(operation, what=what, policy=retry, advice=advice)
+    except UserError:
+        raise
+    except Exception as error:
+        told = explained(error, what=what, where=shown(uri))
+        if told is None:
+            raise
+        raise told from error
 
 
-@lru_cache(maxsize=MAX_OPEN_FILES)
-def _open(path: str, inode: int, mtime_ns: int, size: int) -> BinaryIO:
-    # Not closed here: a file that falls out of the cache closes when the last thread that reads it lets go.
-    return open(path, "rb", buffering=0)
+def _refuse_read_only(uri: str) -> None:
+    if uri.partition("://")[0] in READ_ONLY:
+        raise ConfigError(f"{shown(uri)} cannot be written; give a folder or an s3:// URL")
 
 
 def _remote(uri: str) -> tuple[Any, str]:
     """(filesystem, path on it) of a URL."""
+    settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith(SETTINGS)))
+    protocol = uri.partition("://")[0]
+    try:
+        filesystem = _filesystem(protocol, os.getpid(), settings)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        advice = f"run: pip install 'rddm-dist[{extra}]'" if extra else one_line(error)
+        raise ConfigError(f"{shown(uri)} needs a package that is not installed; {advice}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{shown(uri)} is no known kind of location ({one_line(error)}); give a folder or an s3:// URL"
+        ) from error
+    return filesystem, str(filesystem._strip_protocol(uri))
+
+
+@lru_cache(maxsize=8)
+def _filesystem(protocol: str, pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    """The filesystem of a protocol for this process (its connections do not survive a fork) and environment.
+
+    fsspec keeps instances by their arguments alone, so that a changed endpoint or credential would go unnoticed.
+    """
     import fsspec
 
-    try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        raise ConfigError(f"{uri} cannot be opened: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{uri} is no known kind of location ({error}); give a folder or an s3:// URL") from error
-    return filesystem, str(path)
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if EXTRAS.get(protocol) == "s3":
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "max_pool_connections": MAX_CONNECTIONS}
+    if protocol in READ_ONLY:
+        # A compressed answer has another length than the file.
+        options["client_kwargs"] = {"headers": {"Accept-Encoding": "identity"}}
+    filesystem = fsspec.filesystem(protocol, **options)
+    if EXTRAS.get(protocol) == "s3":
+        filesystem.retries = 1  # attempts are counted here, not below
+    return filesystem
