@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.degrade import gaussian_noise, rain
+from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import EnvironmentFault
 
 # Whole photographs on either side; the two views of the stereo pair (motorcycle) stay together.
@@ -24,7 +24,7 @@ TRAIN = (
 HELD_OUT = ("chelsea.png", "coffee.png", "rocket.jpg")
 MAX_SIDE = 768
 SEED = 20
-NOISE_SIGMA = 12.0
+DEGRADATION = "rain(density=0.01, length=21, strength=0.8, max_angle=25)+noise(sigma=12)"
 
 
 def write_demo_pairs(folder: Path) -> dict[str, Path]:
@@ -73,6 +73,5 @@ def _load(path: Path) -> np.ndarray:
 def _degrade(target: np.ndarray, stem: str) -> np.ndarray:
     """Rain streaks, then sensor noise.   (H, W, 3) uint8 -> the same"""
     sample_id = int.from_bytes(hashlib.blake2b(stem.encode(), digest_size=7).digest(), "little")
-    image = rain(target.astype(np.float32) / 255.0, seed=SEED, sample_id=sample_id)
-    image = gaussian_noise(image, NOISE_SIGMA, seed=SEED, sample_id=sample_id)
-    return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
+    ids = np.array([sample_id], np.int64)
+    return parse_degradation(DEGRADATION).apply(target[None], seed=SEED, ids=ids)[0][0]
