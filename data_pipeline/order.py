@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -18,13 +18,20 @@ SHARDS_PER_LANE = 10
 FEW_LANES = 8
 
 
-def choose_lanes(num_shards: int, global_batch: int) -> int:
-    """Number of shards read side by side: the largest divisor of the global batch within a limit.
+def lane_limit(num_shards: int) -> int:
+    """The most shards worth reading side by side: num_shards / 10, so that a shard is fetched about once per epoch.
 
-    The limit is num_shards / 10, so that a shard is fetched about once per epoch; with few shards up to 8 lanes mix
-    samples of several shards in a batch, and re-reading costs little. The world size plays no part.
+    With few shards up to 8, which mix samples of several shards in a batch; re-reading then costs little.
     """
-    limit = max(num_shards // SHARDS_PER_LANE, min(num_shards, FEW_LANES), 1)
+    return max(num_shards // SHARDS_PER_LANE, min(num_shards, FEW_LANES), 1)
+
+
+def choose_lanes(num_shards: int, global_batch: int) -> int:
+    """Number of shards read side by side: the largest divisor of the global batch within lane_limit.
+
+    The world size plays no part.
+    """
+    limit = lane_limit(num_shards)
     return max(lanes for lanes in range(1, min(limit, global_batch) + 1) if global_batch % lanes == 0)
 
 
@@ -43,6 +50,10 @@ class Order:
     With N samples, position p is place q = p mod N of epoch p div N. Lane l = q mod L walks the samples
     v = l * (N div L) + min(l, N mod L) + q div L of the epoch's sequence of shards, permuted per epoch; samples are
     permuted inside their shard per (epoch, shard). Each sample comes exactly once per epoch.
+
+    Cost with S shards: n positions take O(n log S + n log n) time, besides O(S log S) once per epoch they touch and
+    O(c log c) once per shard of c samples, wherever they lie. Kept in memory: 16 S bytes for each of the last 4 epochs,
+    and for the last 2 L + 8 shards 1, 2 or 4 bytes per sample (up to 2^8, 2^16, 2^32 samples in the shard).
     """
 
     counts: Sequence[int] | np.ndarray
@@ -62,8 +73,9 @@ class Order:
         # Every lane keeps one shard open, two where it changes over.
         object.__setattr__(self, "_offsets", lru_cache(maxsize=2 * self.lanes + 8)(self._make_offsets))
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
+        """Samples of an epoch."""
         return int(np.sum(self.counts))
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,9 +96,9 @@ class Order:
         slots = np.searchsorted(ends, sequence, side="right")
         shards = shard_order[slots]
         offsets = sequence - np.where(slots > 0, ends[slots - 1], 0)
-        for shard_index in np.unique(shards):
-            rows = shards == shard_index
-            offsets[rows] = self._offsets(epoch, int(shard_index))[offsets[rows]]
+        by_shard = np.argsort(shards, kind="stable")
+        for rows in np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1):
+            offsets[rows] = self._offsets(epoch, int(shards[rows[0]]))[offsets[rows]]
         return shards, offsets
 
     def _make_epoch_table(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,4 +108,6 @@ class Order:
         return shard_order, np.cumsum(counts[shard_order])
 
     def _make_offsets(self, epoch: int, shard_index: int) -> np.ndarray:
-        return permutation(self.seed, int(self.counts[shard_index]), "samples", epoch, shard_index)
+        count = int(self.counts[shard_index])
+        # Many are kept: the narrowest unsigned integers that hold the offsets.
+        return permutation(self.seed, count, "samples", epoch, shard_index).astype(np.min_scalar_type(count - 1))
