@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import ray
 import ray.data
 
-from cluster.ray_session import ray_session, require_resources
+from cluster.ray_session import quiet_ray_data, ray_session, require_resources
 from data_pipeline import errors
 from data_pipeline.errors import RddmError
 from rddm_dist.evaluation.evaluate import EvalSettings, Unit, UnitRunner
@@ -27,22 +26,11 @@ class _Actor:
         self._runner = UnitRunner(model, uri, EvalSettings(**settings), images_dir=images_dir)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = Unit(tuple((key, shard, offset) for key, shard, offset in json.loads(row["unit"])))
         try:
-            return {"rows": json.dumps(self._runner.run(unit)), "error": ""}
+            return {"rows": json.dumps(self._runner.run(Unit.from_json(row["unit"]))), "error": ""}
         except RddmError as error:
             # Told in one line by whoever asked; Ray would wrap it in its own and print both.
             return {"rows": "[]", "error": f"{type(error).__name__}:{error}"}
-
-
-def _quiet_ray_data() -> None:
-    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logger = logging.getLogger("ray.data")
-    for handler in list(logger.handlers):
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            logger.removeHandler(handler)
-    logger.propagate = False
 
 
 def run_on_ray(
@@ -61,9 +49,9 @@ def run_on_ray(
     """
     with ray_session(cpus=actors):
         require_resources(cpus=actors * settings.threads, gpus=actors * gpus_per_actor)
-        _quiet_ray_data()
+        quiet_ray_data()
         dataset = ray.data.from_items(
-            [{"unit": json.dumps(unit.rows)} for unit in units],
+            [{"unit": unit.to_json()} for unit in units],
             override_num_blocks=min(len(units), BLOCKS_PER_ACTOR * actors),
         ).map(
             _Actor,  # type: ignore[arg-type]  # Ray Data takes classes whose instances are called

@@ -70,3 +70,15 @@ def require_resources(*, cpus: float, gpus: float) -> None:
             f"the Ray cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} GPUs, the job asks for "
             f"{cpus:.0f} and {gpus:.0f}; lower --workers, --actors or --gpus-per-worker, or add nodes"
         )
+
+
+def quiet_ray_data() -> None:
+    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logger = logging.getLogger("ray.data")
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+    logger.propagate = False

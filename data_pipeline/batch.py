@@ -8,13 +8,26 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A sample that could not be read, and the row it should have filled.
+
+    position: of the row in the run; dataset: index among the run's datasets.
+    """
+
+    position: int
+    dataset: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's rows of a global batch.
 
-    input, target: (B, 3, H, W) uint8; mask: (B, 1, H, W) uint8, None for datasets without masks.
+    input, target: (B, 3, H, W) uint8, channels last in memory; mask: (B, 1, H, W) uint8, None without masks.
     keys: sample keys. positions: (B,) int64, each row's position in the run, from which its random numbers come.
     weight: (B,) float32, 1 for rows of the global batch, 0 for rows that only fill up the rank's share.
-    step: index of the global batch, 0 for the first of the run.
+    step: index of the global batch, 0 for the first of the run. replaced: bad samples another one stands in for.
     """
 
     input: Tensor
@@ -24,3 +37,4 @@ class Batch:
     positions: Tensor
     weight: Tensor
     step: int
+    replaced: tuple[Replaced, ...] = ()

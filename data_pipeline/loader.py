@@ -1,163 +1,149 @@
-"""The training loader: endless batches in the order of the run, decoded ahead by threads. Also the door to single
-samples (read_sample, eval_index)."""
+"""The training loader: endless batches in the order of the run, read and decoded ahead by threads."""
 
 from __future__ import annotations
 
 import logging
-import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data_pipeline.batch import Batch
-from data_pipeline.errors import BadSample, ConfigError, DataError
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, rank_rows
-from data_pipeline.reader import EvalEntry, eval_index, load_index, read_images, read_sample
-from data_pipeline.records import Sample
-from data_pipeline.shards import Entry
-from data_pipeline.transforms import Augment, cut, draw_augments
-
-__all__ = ["EvalEntry", "Sample", "TrainLoader", "build_train_loader", "eval_index", "read_sample"]
+from data_pipeline import storage
+from data_pipeline.batch import Batch, Replaced
+from data_pipeline.errors import ConfigError
+from data_pipeline.mixture import Mixture, build_mixture
+from data_pipeline.reader import Dataset
+from data_pipeline.rows import Fetched, Row, RowReader, RowSettings
+from data_pipeline.transforms import Augments, crop_at, draw_augments
 
 log = logging.getLogger(__name__)
 
-# A bad sample at position p is replaced by the one at p + 7919, p + 2 * 7919, ...: a function of the position alone.
-SUBSTITUTE_STRIDE = 7919
-MAX_SUBSTITUTES = 16
+# Arithmetic and random numbers have a price per call, so they are done for many rows at once: few at first, so that the
+# first batch comes soon, then up to about this many.
+PLANNED_ROWS = 1024
+FIRST_PLANNED_ROWS = 64
+CHUNK_ROWS = 16  # rows a thread takes at once, at most
+FETCH_THREADS = 16  # reads under way at once where data comes over a network
+WARM_THREADS = 2
+STALL_S = 20.0  # a wait longer than this is told, again each time it has doubled
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far and how hard the loader works ahead; none of it shows in the batches.
+
+    threads: that decode; batches: waiting or in work at most; bytes: of encoded and decoded images ahead, at most
+    (one batch is always allowed).
+    """
+
+    threads: int = 2
+    batches: int = 4
+    bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Share:
+    """This worker's part of every global batch: rows rank, rank + world_size, ...
+
+    rows: rows of every batch it gets; those beyond its part repeat its first row with weight 0.
+    """
+
+    rank: int
+    world_size: int
+    rows: int
 
 
 def build_train_loader(
-    uri: str,
-    manifest: Manifest,
+    datasets: Sequence[Dataset],
+    settings: RowSettings,
     *,
     seed: int,
     global_batch: int,
-    lanes: int,
-    rank: int,
-    world_size: int,
-    rows_per_rank: int,
+    lanes: Sequence[int],
+    share: Share,
     start_step: int,
-    crop: int,
-    flip: bool,
-    threads: int = 2,
-    prefetch_batches: int = 4,
+    weights: Sequence[float] = (1.0,),
+    pace: Pace | None = None,
 ) -> TrainLoader:
-    """This rank's rows of global batches start_step, start_step + 1, ..., without end.
+    """A worker's rows of global batches start_step, start_step + 1, ..., without end.
 
-    Rows, crops and mirror images depend on (manifest, seed, lanes, crop, flip) and the position alone. rows_per_rank:
-    rows of every batch; those beyond the rank's share repeat its first row with weight 0. crop: side of the random
-    window in pixels, 0 for whole images, all of one size. At most prefetch_batches batches wait decoded or in work.
+    Rows depend on (manifests, weights, seed, lanes, settings) and the position in the run alone. lanes, weights: one
+    per dataset. Raises ConfigError for what does not fit together.
     """
-    if not 0 <= rank < world_size <= global_batch:
+    pace = pace or Pace()
+    if not 0 <= share.rank < share.world_size <= global_batch:
         raise ConfigError(
-            f"rank {rank} of {world_size} workers with train.global_batch={global_batch}: there must be a row for each"
+            f"rank {share.rank} of {share.world_size} workers with train.global_batch={global_batch}: there must be a "
+            "row for each"
         )
-    if global_batch % lanes:
-        raise ConfigError(f"data.lanes={lanes} does not divide train.global_batch={global_batch}; change one")
-    if rows_per_rank < -(-(global_batch - rank) // world_size):
-        raise ConfigError(f"{rows_per_rank} rows do not hold rank {rank}'s share of train.global_batch={global_batch}")
-    if threads < 1 or prefetch_batches < 1:
-        raise ConfigError(f"data.threads={threads} and data.prefetch_batches={prefetch_batches} must be at least 1")
-    rows = _Rows(
-        uri=uri,
-        manifest=manifest,
-        order=Order(manifest.counts, seed, lanes),
-        shape=_image_shape(uri, manifest, crop),
-        crop=crop,
-    )
-
-    def positions_of(step: int) -> np.ndarray:
-        return rank_rows(step, global_batch=global_batch, rank=rank, world_size=world_size)
-
-    return TrainLoader(
-        rows,
-        positions_of,
-        augments_of=lambda positions: draw_augments(seed, positions, flip=flip),
-        rows_per_rank=rows_per_rank,
-        start_step=start_step,
-        threads=threads,
-        prefetch_batches=prefetch_batches,
-    )
+    if len(datasets) == 1 and global_batch % lanes[0]:
+        raise ConfigError(f"data.lanes={lanes[0]} does not divide train.global_batch={global_batch}; change one")
+    if share.rows < -(-(global_batch - share.rank) // share.world_size):
+        raise ConfigError(
+            f"{share.rows} rows do not hold rank {share.rank}'s share of train.global_batch={global_batch}"
+        )
+    if pace.threads < 1 or pace.batches < 1:
+        raise ConfigError(f"data.threads={pace.threads} and data.prefetch_batches={pace.batches} must be at least 1")
+    settings.check([dataset.uri for dataset in datasets], [dataset.manifest for dataset in datasets])
+    counts = [dataset.manifest.counts for dataset in datasets]
+    mixture = build_mixture(counts, weights=weights, seed=seed, lanes=lanes, global_batch=global_batch)
+    planner = _Planner(mixture, settings, seed=seed, share=share, start_step=start_step)
+    return TrainLoader(datasets, RowReader(datasets, mixture, settings, seed=seed), planner, share=share, pace=pace)
 
 
-def _image_shape(uri: str, manifest: Manifest, crop: int) -> tuple[int, int]:
-    """Height and width of the batches' images."""
-    smallest = min(manifest.min_width, manifest.min_height)
-    sizes = f"{manifest.min_width}x{manifest.min_height} to {manifest.max_width}x{manifest.max_height}"
-    if crop < 0 or crop > smallest:
-        raise ConfigError(f"data.crop={crop}: {uri} holds images of {sizes}; set data.crop to 0 or 1..{smallest}")
-    if crop:
-        return crop, crop
-    if (manifest.min_width, manifest.min_height) != (manifest.max_width, manifest.max_height):
-        raise ConfigError(f"data.crop=0 needs images of one size, {uri} holds {sizes}; set data.crop to 1..{smallest}")
-    return manifest.min_height, manifest.min_width
+class _StepPlan(NamedTuple):
+    """A worker's rows of one global batch, before anything is read.   positions: (n,) int64; augments: n rows"""
+
+    step: int
+    crop: int
+    positions: np.ndarray
+    rows: list[Row]
+    augments: Augments
 
 
-class _Rows:
-    """Decodes rows into the arrays of a batch; any number of threads may call it."""
+class _Planner:
+    """Positions, places and random numbers of a worker's rows, for many batches at a time."""
 
-    def __init__(self, *, uri: str, manifest: Manifest, order: Order, shape: tuple[int, int], crop: int) -> None:
-        self._uri, self._manifest, self._crop = uri, manifest, crop
-        self.order, self.shape, self.has_mask = order, shape, manifest.has_mask
-        self._index: Callable[[int], tuple[Entry, ...]] = lru_cache(maxsize=2 * order.lanes + 8)(self._load_index)
-        self._reported: set[str] = set()
-        self._lock = threading.Lock()
+    def __init__(self, mixture: Mixture, settings: RowSettings, *, seed: int, share: Share, start_step: int) -> None:
+        self._mixture, self._settings, self._seed = mixture, settings, seed
+        self._own = np.arange(share.rank, mixture.global_batch, share.world_size, dtype=np.int64)
+        self._rows = FIRST_PLANNED_ROWS
+        self._next_step = start_step
 
-    def decode_into(
-        self, arrays: dict[str, np.ndarray], row: int, place: tuple[int, int, int], augment: Augment
-    ) -> str:
-        """Fill row `row` of the arrays with the sample at place (position, shard_index, offset).   -> its key"""
-        position, shard_index, offset = place
-        reason = ""
-        for attempt in range(1 + MAX_SUBSTITUTES):
-            if attempt:
-                elsewhere = np.array([position + attempt * SUBSTITUTE_STRIDE])
-                _, shards, offsets = self.order.locate(elsewhere)
-                shard_index, offset = int(shards[0]), int(offsets[0])
-            entry = self._index(shard_index)[offset]
-            try:
-                self._fill(arrays, row, entry, shard_index, augment)
-                return entry.key
-            except BadSample as error:
-                reason = str(error)
-                self._report(entry.key, reason)
-        raise DataError(f"{self._uri}: {1 + MAX_SUBSTITUTES} samples in a row cannot be read, the last: {reason}")
-
-    def _fill(self, arrays: dict[str, np.ndarray], row: int, entry: Entry, shard_index: int, augment: Augment) -> None:
-        size = (entry.height, entry.width)
-        if min(size) < self._crop or (not self._crop and size != self.shape):
-            raise BadSample(
-                f"{entry.key} is {entry.width}x{entry.height}, which the manifest's range of sizes excludes"
-            )
-        for field, image in read_images(self._uri, self._manifest.shards[shard_index], entry):
-            arrays[field][row] = cut(image, augment, crop=self._crop).transpose(2, 0, 1)
-            del image  # before the next one is decoded: see decode_images
-
-    def _load_index(self, shard_index: int) -> tuple[Entry, ...]:
-        return load_index(self._uri, self._manifest.shards[shard_index], has_mask=self._manifest.has_mask)
-
-    def _report(self, key: str, reason: str) -> None:
-        with self._lock:
-            is_new = key not in self._reported
-            self._reported.add(key)
-        if is_new:
-            log.warning("bad sample, another one takes its place: %s", reason)
+    def plan(self) -> list[_StepPlan]:
+        """The next few batches."""
+        steps = self._next_step + np.arange(max(1, self._rows // len(self._own)))
+        self._next_step += len(steps)
+        self._rows = min(2 * self._rows, PLANNED_ROWS)
+        positions = (steps[:, None] * self._mixture.global_batch + self._own).reshape(-1)
+        places = self._mixture.locate(positions)
+        augments = draw_augments(self._seed, positions, flip=self._settings.flip, rotate=self._settings.rotate)
+        columns = (positions, *(places.dataset, places.shard, places.offset), augments.top, augments.left)
+        rows = [Row(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+        count = len(self._own)
+        plans = []
+        for number, step in enumerate(steps.tolist()):
+            own = slice(number * count, (number + 1) * count)
+            own_augments = Augments(*(column[own] for column in augments))
+            crop = crop_at(step, self._settings.crop)
+            plans.append(_StepPlan(step, crop, positions[own], rows[own], own_augments))
+        return plans
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A batch in work: the arrays that threads fill, and what each row's thread returns (its key)."""
+    """A batch in work: the images that threads fill, and what each chunk of rows yields (keys, bad samples)."""
 
-    step: int
-    positions: np.ndarray
-    arrays: dict[str, np.ndarray]
-    keys: list[Future[str]]
+    plan: _StepPlan
+    images: dict[str, Tensor]
+    chunks: list[Future[tuple[list[str], list[Replaced]]]]
+    bytes: int
 
 
 class TrainLoader:
@@ -167,22 +153,18 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        rows: _Rows,
-        positions_of: Callable[[int], np.ndarray],
-        *,
-        augments_of: Callable[[np.ndarray], list[Augment]],
-        rows_per_rank: int,
-        start_step: int,
-        threads: int,
-        prefetch_batches: int,
+        self, datasets: Sequence[Dataset], reader: RowReader, planner: _Planner, *, share: Share, pace: Pace
     ) -> None:
-        self._rows, self._positions_of, self._augments_of = rows, positions_of, augments_of
-        self._rows_per_rank = rows_per_rank
-        self._next_step = start_step
-        self._prefetch_batches = prefetch_batches
+        self._datasets, self._reader, self._planner = datasets, reader, planner
+        self._share, self._pace = share, pace
+        self._plans: deque[_StepPlan] = deque()
+        self._ahead: list[_StepPlan] = []
         self._pending: deque[_Pending] = deque()
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._decoders = ThreadPoolExecutor(pace.threads, thread_name_prefix="decode")
+        is_slow = any(dataset.is_slow for dataset in datasets)
+        self._fetchers = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch") if is_slow else None
+        # Apart, so that shards of later batches do not hold up the reads of the next one.
+        self._warmers = ThreadPoolExecutor(WARM_THREADS, thread_name_prefix="warm") if is_slow else None
         self._is_closed = False
         self._top_up()
 
@@ -194,12 +176,14 @@ class TrainLoader:
             raise StopIteration
         pending = self._pending.popleft()
         try:
-            keys = [future.result() for future in pending.keys]
+            results = [self._wait(chunk, pending.plan.step) for chunk in pending.chunks]
             self._top_up()
         except BaseException:
             self.close()
             raise
-        return self._finish(pending, keys)
+        keys = [key for chunk_keys, _ in results for key in chunk_keys]
+        replaced = tuple(bad for _, chunk_replaced in results for bad in chunk_replaced)
+        return self._finish(pending, keys, replaced)
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -211,43 +195,105 @@ class TrainLoader:
         """Drop what waits and end the threads. May be called twice."""
         self._is_closed = True
         self._pending.clear()
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        if self._fetchers is not None:
+            # Not waited for: a read that hangs ends with its own deadline.
+            self._fetchers.shutdown(wait=False, cancel_futures=True)
+        if self._warmers is not None:
+            self._warmers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=self._fetchers is None, cancel_futures=True)
+
+    def _wait(self, chunk: Future[tuple[list[str], list[Replaced]]], step: int) -> tuple[list[str], list[Replaced]]:
+        """What a chunk yields; a long wait says what it is for."""
+        started, patience_s = time.monotonic(), STALL_S
+        while True:
+            try:
+                return chunk.result(timeout=patience_s)
+            except TimeoutError:
+                if chunk.done():
+                    raise  # the read's own
+                reads = storage.in_flight()
+                oldest = f"{reads[0].what} ({time.monotonic() - reads[0].started:.0f} s)" if reads else "decoding"
+                log.warning(
+                    "batch %d is late by %.0f s: waiting for %s, %d read(s) under way",
+                    step,
+                    time.monotonic() - started,
+                    oldest,
+                    len(reads),
+                )
+                patience_s *= 2
 
     def _top_up(self) -> None:
-        while len(self._pending) < self._prefetch_batches:
-            self._pending.append(self._start(self._next_step))
-            self._next_step += 1
+        waiting = sum(pending.bytes for pending in self._pending)
+        while len(self._pending) < self._pace.batches:
+            if not self._plans:
+                self._plans.extend(self._ahead or self._planner.plan())
+                self._ahead = self._plan_ahead()
+            size = self._bytes_of(self._plans[0])
+            if self._pending and waiting + size > self._pace.bytes:
+                return
+            waiting += size
+            self._pending.append(self._start(self._plans.popleft(), size))
 
-    def _start(self, step: int) -> _Pending:
-        positions = self._positions_of(step)
-        augments = self._augments_of(positions)
-        _, shards, offsets = self._rows.order.locate(positions)
-        channels = {"input": 3, "target": 3, **({"mask": 1} if self._rows.has_mask else {})}
-        arrays = {
-            field: np.empty((self._rows_per_rank, count, *self._rows.shape), np.uint8)
-            for field, count in channels.items()
-        }
-        places = zip(positions.tolist(), shards.tolist(), offsets.tolist(), strict=True)
-        keys = [
-            self._executor.submit(self._rows.decode_into, arrays, row, place, augment)
-            for row, (place, augment) in enumerate(zip(places, augments, strict=True))
-        ]
-        return _Pending(step, positions, arrays, keys)
+    def _bytes_of(self, plan: _StepPlan) -> int:
+        """About what a batch takes: its encoded images (on the mean of their shards) and its pixels."""
+        encoded = 0.0
+        for row in plan.rows:
+            encoded += self._datasets[row.dataset].mean_bytes(row.shard_index)
+        return int(encoded) + self._reader.batch_bytes(self._share.rows, plan.crop)
 
-    def _finish(self, pending: _Pending, keys: list[str]) -> Batch:
-        filler = self._rows_per_rank - len(keys)
-        for array in pending.arrays.values():
-            array[len(keys) :] = array[0]
-        images = {field: torch.from_numpy(array) for field, array in pending.arrays.items()}
-        positions = np.concatenate([pending.positions, np.repeat(pending.positions[:1], filler)])
-        weight = torch.zeros(self._rows_per_rank, dtype=torch.float32)
+    def _plan_ahead(self) -> list[_StepPlan]:
+        """The batches after the planned ones, whose shards are brought into the node's cache meanwhile.
+
+        A failure shows when the shard is read.
+        """
+        if self._warmers is None:
+            return []
+        plans = self._planner.plan()
+        coming = {(row.dataset, row.shard_index) for plan in plans for row in plan.rows}
+        for number, dataset in enumerate(self._datasets):
+            for shard_index in dataset.worth_caching(sorted(shard for owner, shard in coming if owner == number)):
+                self._warmers.submit(dataset.warm, shard_index)
+        return plans
+
+    def _start(self, plan: _StepPlan, size: int) -> _Pending:
+        images = self._reader.allocate(self._share.rows, plan.crop)
+        count = len(plan.rows)
+        chunk_rows = min(CHUNK_ROWS, -(-count // self._pace.threads))
+        chunks = []
+        for start in range(0, count, chunk_rows):
+            own = slice(start, min(start + chunk_rows, count))
+            fetched: list[Future[Fetched]] | None = None
+            if self._fetchers is not None:
+                fetch, submit = self._reader.fetch, self._fetchers.submit
+                fetched = [submit(fetch, row.dataset, row.shard_index, row.offset) for row in plan.rows[own]]
+            chunks.append(
+                self._decoders.submit(
+                    self._reader.fill,
+                    {name: tensor[own] for name, tensor in images.items()},
+                    plan.rows[own],
+                    Augments(*(column[own] for column in plan.augments)),
+                    crop=plan.crop,
+                    fetched=fetched,
+                )
+            )
+        return _Pending(plan, images, chunks, size)
+
+    def _finish(self, pending: _Pending, keys: list[str], replaced: tuple[Replaced, ...]) -> Batch:
+        filler = self._share.rows - len(keys)
+        if filler:
+            for tensor in pending.images.values():
+                tensor[len(keys) :] = tensor[0]
+        images = {name: tensor.permute(0, 3, 1, 2) for name, tensor in pending.images.items()}
+        positions = torch.from_numpy(pending.plan.positions)
+        weight = torch.zeros(self._share.rows, dtype=torch.float32)
         weight[: len(keys)] = 1.0
         return Batch(
             input=images["input"],
             target=images["target"],
             mask=images.get("mask"),
             keys=(*keys, *([keys[0]] * filler)),
-            positions=torch.from_numpy(positions),
+            positions=torch.cat([positions, positions[:1].expand(filler)]),
             weight=weight,
-            step=pending.step,
+            step=pending.plan.step,
+            replaced=replaced,
         )

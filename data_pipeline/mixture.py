@@ -43,7 +43,7 @@ def share_window(weights: Sequence[float], global_batch: int) -> np.ndarray:
     """
     if not weights:
         raise ConfigError("data.uri names no dataset; give at least one")
-    for dataset, weight in enumerate(weights):
+    for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data.weights={list(weights)}: weights are numbers above 0")
     exact = [Fraction(str(weight)) for weight in weights]

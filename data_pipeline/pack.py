@@ -1,33 +1,45 @@
-"""Pairs -> shuffled, equal-sized, byte-reproducible shards -> manifest last."""
+"""The course of a pack: samples -> shuffled, equal-sized, byte-reproducible shards -> manifest last."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from itertools import chain
+
+import PIL
 
 from data_pipeline import storage
-from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentFault
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from data_pipeline.records import CODECS, FORMATS, KEY_PATTERN, decode_image, encode_image, encode_meta
+from data_pipeline.degradations import parse_degradation
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.manifest import FORMAT_VERSION, Manifest, ShardInfo, ShardTable, Tiling
+from data_pipeline.pack_executors import Executor, choose_executor
+from data_pipeline.pack_jobs import (
+    Checked,
+    CheckJob,
+    EncodeJob,
+    Recipe,
+    Row,
+    ShardJob,
+    check_chunk,
+    count_encoded_bytes,
+    digest_chunk,
+    measure_chunk,
+    write_one_shard,
+)
+from data_pipeline.pack_output import Output, Plan, clear_staging, is_dataset
+from data_pipeline.records import CODECS, JPEG_QUALITY, KEY_PATTERN
 from data_pipeline.rng import permutation
-from data_pipeline.shards import write_shard
 from data_pipeline.sources import Pair, check_unique
+from data_pipeline.tiles import plan_tiles
 
-STAGING_PREFIX = ".packing-"
+AUTO_CODEC = "auto"
 SIZE_PROBES = 32
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# Pairs of a job that checks them: few enough to show progress, so many that their results are not too many files.
+MIN_CHUNK, MAX_CHUNK, CHUNKS = 8, 256, 64
 
 
 @dataclass(frozen=True)
@@ -39,14 +51,39 @@ class PackResult:
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """A pair whose images were decoded. digests: field -> sha256 of the source file; bytes: of all source files."""
+class Outlook:
+    """What a pack would write.   widths, heights: (least, most) pixels of the whole images; source_bytes: of all files;
+    num_samples: tiles where images are cut, else images"""
 
-    pair: Pair
-    width: int
-    height: int
-    digests: Mapping[str, str]
-    bytes: int
+    num_images: int
+    num_samples: int
+    widths: tuple[int, int]
+    heights: tuple[int, int]
+    source_bytes: int
+    fields: tuple[str, ...]
+    codec: str
+
+
+class _Progress:
+    """Counts pairs: half of each when it is checked, the other half when its samples are written."""
+
+    def __init__(self, num_pairs: int, report: Callable[[int, int], None] | None) -> None:
+        self._num_pairs, self._report = num_pairs, report
+        self._checked = self._written = 0
+        self._num_samples = 1
+
+    def checked(self, pairs: int) -> None:
+        self._checked += pairs
+        self._tell()
+
+    def written(self, samples: int, num_samples: int) -> None:
+        self._written, self._num_samples = self._written + samples, num_samples
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            done = self._checked + self._written * self._num_pairs // self._num_samples
+            self._report(done // 2, self._num_pairs)
 
 
 def pack(
@@ -54,100 +91,151 @@ def pack(
     out: str,
     *,
     shard_mb: float = 64.0,
-    codec: str = "keep",
+    codec: str = AUTO_CODEC,
+    quality: int = JPEG_QUALITY,
     seed: int = 0,
+    degrade: str = "",
+    tile: int = 0,
+    overlap: int = 0,
     jobs: int = 0,
+    executor: AbstractContextManager[Executor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackResult:
-    """Write a dataset into folder or URL `out`; the bytes depend on images, names, codec, shard_mb and seed alone.
+    """Write a dataset into folder or URL `out`; its bytes depend on images, names and the options up to overlap alone.
 
     shard_mb: aimed-at size of a shard in 10^6 bytes (shards hold equal numbers of samples); codec: keep stores the
-    source files as they are, png, webp (lossless), jpeg (quality 95) and raw (npy) re-encode; jobs: threads, 0 for one
-    per core; progress(done, total) counts pairs.
+    source files as they are, png, webp (lossless), jpeg (of `quality`, 1..100) and raw (npy) re-encode, auto is keep
+    where that is possible and else png; degrade: makes the inputs (and masks) of clean images, parse_degradation's
+    text; tile, overlap: cut images into tiles of that many pixels a side, 0 for none; jobs: threads or processes, 0
+    for one per core; executor: who works instead of these; progress(done, total) counts pairs.
 
-    Every image is decoded once before anything is written. The same dataset found at `out` is reused. On any error, and
-    on KeyboardInterrupt, what this call wrote is removed. Raises ConfigError, DataError, EnvironmentFault.
+    Every image is decoded once before anything is written. The same dataset found at `out` is reused, an interrupted
+    pack of it is continued. After bad input nothing is left at `out`; what an interruption leaves is no dataset before
+    its manifest. Raises ConfigError, DataError, EnvironmentFault.
     """
-    _check_arguments(pairs, shard_mb=shard_mb, codec=codec, jobs=jobs)
-    pairs = sorted(pairs, key=lambda pair: pair.key)
-    settings = json.dumps({"format": 1, "codec": codec, "seed": seed, "shard_mb": shard_mb}, sort_keys=True)
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done // 2, len(pairs))  # a pair is handled twice: checked, then written
-
-    with _Pool(jobs or os.cpu_count() or 1) as pool:
-        if _is_dataset(out):
-            digests = pool.map(lambda pair: {field: _digest(_read(path)) for field, path in pair.files.items()}, pairs)
-            return _reuse(out, _source_digest(settings, zip(pairs, digests, strict=True)))
-        checked = []
-        for row in pool.map(_check_pair, pairs):
-            checked.append(row)
-            advance()
-        shuffled = [checked[i] for i in permutation(seed, len(checked), "pack")]
-        num_shards = _count_shards(shuffled, codec=codec, shard_mb=shard_mb, pool=pool)
-        source_digest = _source_digest(settings, ((row.pair, row.digests) for row in checked))
-        with _Output(out) as output:
-            shards = _write_shards(shuffled, num_shards, codec=codec, output=output, pool=pool, advance=advance)
-            manifest = _make_manifest(checked, shards, codec=codec, source_digest=source_digest)
-            output.publish(manifest)
-    return PackResult(manifest, reused=False)
-
-
-def _check_arguments(pairs: Sequence[Pair], *, shard_mb: float, codec: str, jobs: int) -> None:
-    if codec not in CODECS:
-        raise ConfigError(f"--codec={codec} is unknown; choose one of {', '.join(CODECS)}")
+    recipe = _make_recipe(codec=codec, quality=quality, seed=seed, degrade=degrade, tile=tile, overlap=overlap)
     if not (shard_mb > 0 and math.isfinite(shard_mb)):
         raise ConfigError(f"--shard-mb={shard_mb} must be above 0")
     if jobs < 0:
         raise ConfigError(f"--jobs={jobs} must be 0 (one per core) or more")
+    _check_pairs(pairs, recipe)
+    pairs = sorted(pairs, key=lambda pair: pair.key)
+    settings = _settings(recipe, seed=seed, shard_mb=shard_mb)
+    workers = executor or choose_executor((path for pair in pairs for path in pair.files.values()), out, jobs=jobs)
+    if is_dataset(out):
+        with workers as work:
+            digests = chain.from_iterable(work.map(digest_chunk, _chunks(pairs)))
+            return _reuse(out, _source_digest(settings, zip(pairs, digests, strict=True)))
+    counter = _Progress(len(pairs), progress)
+    with Output(out) as output, workers as work:
+        checked = _check(pairs, output.staging, work, counter)
+        rows = _plan_rows(pairs, checked, recipe)
+        rows = [rows[i] for i in permutation(seed, len(rows), "pack")]
+        source_digest = _source_digest(settings, zip(pairs, (row.digests for row in checked), strict=True))
+        shards = _write(rows, recipe, output, work, counter, source_digest=source_digest, shard_mb=shard_mb, out=out)
+        manifest = Manifest(
+            shards=ShardTable.of(shards),
+            fields=_fields(pairs, recipe),
+            codec=recipe.codec,
+            source_digest=source_digest,
+            tiling=recipe.tiling,
+        )
+        output.publish(manifest)
+    return PackResult(manifest, reused=False)
+
+
+def foresee(
+    pairs: Sequence[Pair],
+    *,
+    codec: str = AUTO_CODEC,
+    quality: int = JPEG_QUALITY,
+    degrade: str = "",
+    tile: int = 0,
+    overlap: int = 0,
+    jobs: int = 0,
+) -> Outlook:
+    """What pack() would write, from the headers of the targets. Raises ConfigError, DataError as it does."""
+    recipe = _make_recipe(codec=codec, quality=quality, seed=0, degrade=degrade, tile=tile, overlap=overlap)
+    _check_pairs(pairs, recipe)
+    with choose_executor((), "", jobs=jobs) as work:
+        measured = list(chain.from_iterable(work.map(measure_chunk, _chunks(pairs))))
+    widths, heights = [row[0] for row in measured], [row[1] for row in measured]
+    num_samples = len(pairs)
+    if recipe.tiling is not None:
+        sizes = zip(heights, widths, strict=True)
+        num_samples = sum(len(plan_tiles(*size, **recipe.tiling._asdict())) for size in sizes)
+    return Outlook(
+        num_images=len(pairs),
+        num_samples=num_samples,
+        widths=(min(widths), max(widths)),
+        heights=(min(heights), max(heights)),
+        source_bytes=sum(row[2] for row in measured),
+        fields=_fields(pairs, recipe),
+        codec=recipe.codec,
+    )
+
+
+def _make_recipe(*, codec: str, quality: int, seed: int, degrade: str, tile: int, overlap: int) -> Recipe:
+    if codec not in (AUTO_CODEC, *CODECS):
+        raise ConfigError(f"--codec={codec} is unknown; choose one of {', '.join((AUTO_CODEC, *CODECS))}")
+    if not 1 <= quality <= 100:
+        raise ConfigError(f"--quality={quality} must lie in 1..100")
+    if quality != JPEG_QUALITY and codec != "jpeg":
+        raise ConfigError(f"--quality={quality} goes with --codec=jpeg, not with --codec={codec}")
+    if overlap and not tile:
+        raise ConfigError(f"--overlap={overlap} goes with --tile")
+    if tile:
+        plan_tiles(1, 1, size=tile, overlap=overlap)  # refuses what cannot be
+    makes_pixels = "--tile cuts them" if tile else "--degrade makes new ones" if degrade else ""
+    if codec == "keep" and makes_pixels:
+        raise ConfigError(
+            f"--codec=keep stores the source images as they are, but {makes_pixels}; choose png, webp, jpeg or raw"
+        )
+    if codec == AUTO_CODEC:
+        codec = "png" if makes_pixels else "keep"
+    spec = parse_degradation(degrade).spec if degrade else ""
+    return Recipe(codec, quality, spec, seed, Tiling(tile, overlap) if tile else None)
+
+
+def _check_pairs(pairs: Sequence[Pair], recipe: Recipe) -> None:
     if not pairs:
         raise DataError("there are no pairs to pack")
     check_unique(pairs)
     wrong = [pair.key for pair in pairs if not KEY_PATTERN.fullmatch(pair.key)]
     if wrong:
         raise DataError(f"key {wrong[0]!r} is not allowed; keys are 1 to 80 of A-Z a-z 0-9 _ -")
-    unmasked = [pair for pair in pairs if pair.mask is None]
-    if unmasked and len(unmasked) < len(pairs):
-        raise DataError(
-            f"{len(unmasked)} of {len(pairs)} pairs have no mask, the first is {unmasked[0].name}; give all or none"
-        )
+    for field in ("input", "mask"):
+        lacking = [pair for pair in pairs if field not in pair.files]
+        if lacking and len(lacking) < len(pairs):
+            raise DataError(
+                f"{len(lacking)} of {len(pairs)} pairs have no {field}, the first is {lacking[0].name}; "
+                "give all or none"
+            )
+    first = pairs[0]
+    if first.mask is not None and first.input is None:
+        raise DataError(f"{first.name} has a mask but no input; a mask belongs to a pair")
+    if recipe.degrade and first.input is not None:
+        raise ConfigError("--degrade makes inputs from clean images, but these have inputs; give --clean DIR")
 
 
-def _is_dataset(out: str) -> bool:
-    """Whether `out` holds a dataset; if not, it must be free for one."""
-    try:
-        if storage.exists(storage.join(out, MANIFEST_NAME)):
-            return True
-        if storage.is_local(out):
-            path = storage.local_path(out)
-            if path.exists() and not path.is_dir():
-                raise DataError(f"--out {out} is a file; give a folder")
-            for leftover in path.glob(f"{STAGING_PREFIX}*"):
-                shutil.rmtree(leftover)  # of a pack that was killed
-        names = storage.list_names(out)
-    except OSError as error:
-        raise EnvironmentFault(f"--out {out} cannot be used: {error.strerror or error}") from error
-    if names:
-        raise DataError(f"--out {out} holds {names[0]} but no dataset; give another folder or empty it")
-    return False
+def _fields(pairs: Sequence[Pair], recipe: Recipe) -> tuple[str, ...]:
+    if not recipe.degrade:
+        return tuple(pairs[0].files)
+    return ("input", "target", "mask") if parse_degradation(recipe.degrade).has_mask else ("input", "target")
 
 
-def _reuse(out: str, source_digest: str) -> PackResult:
-    manifest = Manifest.load(out)
-    if manifest.source_digest != source_digest:
-        raise DataError(
-            f"--out {out} holds another dataset (other images, names, codec, shard size or seed; "
-            f"{manifest.num_samples} samples); give another folder or delete it"
-        )
-    names = set(storage.list_names(out))
-    for shard in manifest.shards:
-        if not {shard.name, shard.index_name} <= names or storage.size(storage.join(out, shard.name)) != shard.bytes:
-            raise DataError(f"--out {out} is damaged: {shard.name} or its index is not whole; delete it and pack again")
-    return PackResult(manifest, reused=True)
+def _settings(recipe: Recipe, *, seed: int, shard_mb: float) -> str:
+    """What besides the images decides the bytes of a dataset."""
+    values = {
+        "format": FORMAT_VERSION,
+        "codec": recipe.codec,
+        "quality": recipe.quality if recipe.codec == "jpeg" else None,
+        "degrade": recipe.degrade,
+        "tiling": recipe.tiling,
+        "seed": seed,
+        "shard_mb": shard_mb,
+    }
+    return json.dumps(values, sort_keys=True)
 
 
 def _source_digest(settings: str, rows: Iterable[tuple[Pair, Mapping[str, str]]]) -> str:
@@ -157,205 +245,97 @@ def _source_digest(settings: str, rows: Iterable[tuple[Pair, Mapping[str, str]]]
     return digest.hexdigest()
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _reuse(out: str, source_digest: str) -> PackResult:
+    manifest = Manifest.load(out)
+    if manifest.source_digest != source_digest:
+        raise DataError(
+            f"--out {out} holds another dataset (other images, names or options; {manifest.num_samples} samples); "
+            "give another folder or delete it"
+        )
+    names = set(storage.list_names(out))
+    for shard in manifest.shards:
+        if not {shard.name, shard.index_name} <= names or storage.size(storage.join(out, shard.name)) != shard.bytes:
+            raise DataError(f"--out {out} is damaged: {shard.name} or its index is not whole; delete it and pack again")
+    clear_staging(out)
+    return PackResult(manifest, reused=True)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+def _check(pairs: Sequence[Pair], staging: str, work: Executor, counter: _Progress) -> list[Checked]:
+    jobs = [
+        CheckJob(chunk, storage.join(staging, f"check-{number:05d}.json"))
+        for number, chunk in enumerate(_chunks(pairs))
+    ]
+    checked = []
+    for rows in work.map(check_chunk, jobs):
+        checked += rows
+        counter.checked(len(rows))
+    return checked
 
 
-def _extension(path: Path) -> str:
-    extension = path.suffix.lower().removeprefix(".")
-    if extension not in FORMATS:
-        raise DataError(f"{path} is of no known image format ({', '.join(sorted(FORMATS))})")
-    return "jpg" if extension == "jpeg" else extension
+def _plan_rows(pairs: Sequence[Pair], checked: Sequence[Checked], recipe: Recipe) -> list[Row]:
+    """The samples: whole images, or their tiles with keys KEY-NNNN."""
+    rows = []
+    for pair, found in zip(pairs, checked, strict=True):
+        if recipe.tiling is None:
+            rows.append(Row(pair.key, pair.name, pair, found, None))
+            continue
+        for number, window in enumerate(plan_tiles(found.height, found.width, **recipe.tiling._asdict())):
+            name = f"{pair.name}@{window.left},{window.top}"
+            rows.append(Row(f"{pair.key}-{number:04d}", name, pair, found, window))
+    wrong = next((row for row in rows if not KEY_PATTERN.fullmatch(row.key)), None)
+    if wrong is not None:
+        raise DataError(f"{wrong.pair.name} makes tiles with keys of over 80 characters ({wrong.key}); raise --tile")
+    return rows
 
 
-def _check_pair(pair: Pair) -> _Checked:
-    """Decode every image of a pair. Raises DataError naming the file."""
-    digests: dict[str, str] = {}
-    total, size = 0, (0, 0)
-    for field, path in pair.files.items():
-        data = _read(path)
-        try:
-            image = decode_image(data, _extension(path), channels=1 if field == "mask" else 3)
-        except BadSample as error:
-            raise DataError(f"{path} cannot be used: {error}; replace or remove it") from error
-        height, width = image.shape[:2]
-        if field == "input":
-            size = (width, height)
-        elif size != (width, height):
-            raise DataError(
-                f"{pair.input} is {size[0]}x{size[1]}, but its {field} {path} is {width}x{height}; sizes must agree"
-            )
-        digests[field] = _digest(data)
-        total += len(data)
-    return _Checked(pair, size[0], size[1], digests, total)
-
-
-def _encode(row: _Checked, codec: str) -> dict[str, bytes]:
-    """The tar members of a sample, KEY apart: suffix -> bytes."""
-    pair = row.pair
-    members = {"json": encode_meta(key=pair.key, name=pair.name, width=row.width, height=row.height)}
-    for field, path in pair.files.items():
-        data = _read(path)
-        if _digest(data) != row.digests[field]:
-            raise DataError(f"{path} changed while it was being packed; pack again")
-        extension = _extension(path)
-        if codec != "keep":
-            try:
-                image = decode_image(data, extension, channels=1 if field == "mask" else 3)
-                extension, data = encode_image(image, codec)
-            except BadSample as error:
-                raise DataError(f"{path} {error}; choose another --codec") from error
-        members[f"{field}.{extension}"] = data
-    return members
-
-
-def _count_shards(shuffled: Sequence[_Checked], *, codec: str, shard_mb: float, pool: _Pool) -> int:
-    """Shards for the aimed-at size; what re-encoding makes of the images is judged from the first of them."""
-    if codec == "keep":
-        total = float(sum(row.bytes for row in shuffled))
-    else:
-        probes = shuffled[:SIZE_PROBES]
-        encoded = sum(sum(map(len, members.values())) for members in pool.map(lambda row: _encode(row, codec), probes))
-        pixels = sum(row.width * row.height for row in shuffled)
-        total = encoded / sum(row.width * row.height for row in probes) * pixels
-    return min(len(shuffled), max(1, math.ceil(total / (shard_mb * 1e6))))
-
-
-def _write_shards(
-    shuffled: Sequence[_Checked],
-    num_shards: int,
+def _write(
+    rows: Sequence[Row],
+    recipe: Recipe,
+    output: Output,
+    work: Executor,
+    counter: _Progress,
     *,
-    codec: str,
-    output: _Output,
-    pool: _Pool,
-    advance: Callable[[], None],
+    source_digest: str,
+    shard_mb: float,
+    out: str,
 ) -> list[ShardInfo]:
-    share, rest = divmod(len(shuffled), num_shards)
-    encoded = zip(shuffled, pool.map(lambda row: _encode(row, codec), shuffled), strict=True)
-
-    def records(count: int) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        for _ in range(count):
-            row, members = next(encoded)
-            yield row.pair.key, members
-            advance()
-
-    shards = []
-    for number in range(num_shards):
-        name = f"shard-{number:05d}"
-        written = write_shard(output.staging / f"{name}.tar", records(share + (number < rest)))
-        (output.staging / f"{name}.idx").write_bytes(written.index)
-        shards.append(ShardInfo(f"{name}.tar", written.count, written.bytes, written.sha256, _digest(written.index)))
-        output.finished(f"{name}.idx")
-        output.finished(f"{name}.tar")
-    return shards
-
-
-def _make_manifest(
-    checked: Sequence[_Checked], shards: Sequence[ShardInfo], *, codec: str, source_digest: str
-) -> Manifest:
-    widths, heights = [row.width for row in checked], [row.height for row in checked]
-    return Manifest(
-        shards=tuple(shards),
-        num_samples=len(checked),
-        has_mask=checked[0].pair.mask is not None,
-        min_width=min(widths),
-        max_width=max(widths),
-        min_height=min(heights),
-        max_height=max(heights),
-        codec=codec,
-        source_digest=source_digest,
-    )
+    """Write the shards that are not finished yet.   -> all of them, in order"""
+    # Another Pillow may compress to other bytes: shards of two versions do not go into one dataset.
+    digest = hashlib.sha256(f"{source_digest} {PIL.__version__}".encode()).hexdigest()
+    num_shards = output.kept_num_shards(digest) or _count_shards(rows, recipe, work, shard_mb=shard_mb)
+    plan = Plan(digest, num_shards)
+    finished = output.begin(plan)
+    share, rest = divmod(len(rows), num_shards)
+    jobs, start = [], 0
+    for number, name in enumerate(plan.shards):
+        count = share + (number < rest)
+        if name not in finished:
+            own = tuple(rows[start : start + count])
+            jobs.append(ShardJob(name, own, recipe, output.shard_folder, output.staging, out))
+        start += count
+    counter.written(sum(info.count for info in finished.values()), len(rows))
+    for job, info in zip(jobs, work.map(write_one_shard, jobs), strict=True):
+        finished[job.name] = info
+        counter.written(info.count, len(rows))
+    return [finished[name] for name in plan.shards]
 
 
-class _Pool:
-    """Threads that map in order and hold few results at a time. Image codecs and hashes release the GIL."""
-
-    def __init__(self, jobs: int) -> None:
-        self._jobs = jobs
-        self._executor = ThreadPoolExecutor(jobs, thread_name_prefix="pack")
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(self._executor.submit(function, item))
-            if len(waiting) > 2 * self._jobs:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _count_shards(rows: Sequence[Row], recipe: Recipe, work: Executor, *, shard_mb: float) -> int:
+    """Shards for the aimed-at size; what re-encoding makes of the images is judged from the first of them."""
+    if recipe.codec == "keep":
+        total = float(sum(row.checked.bytes for row in rows))
+    else:
+        probes = rows[:SIZE_PROBES]
+        jobs = [EncodeJob((row,), recipe) for row in probes]
+        total = sum(work.map(count_encoded_bytes, jobs)) / sum(map(_pixels, probes)) * sum(map(_pixels, rows))
+    return min(len(rows), max(1, math.ceil(total / (shard_mb * 1e6))))
 
 
-class _Output:
-    """Where the files of a pack go. They appear under their names when all are there; leaving without publish() removes
-    what was written, folders that were made included."""
+def _pixels(row: Row) -> int:
+    return row.window.width * row.window.height if row.window else row.checked.width * row.checked.height
 
-    def __init__(self, out: str) -> None:
-        self._out = out
-        self._is_local = storage.is_local(out)
-        self._made: list[Path] = []  # folders this call made, innermost first
-        self._names: list[str] = []
-        self._placed: list[str] = []
-        self._is_published = False
 
-    def __enter__(self) -> _Output:
-        try:
-            if self._is_local:
-                folder = storage.local_path(self._out)
-                self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                self.staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
-            else:
-                self.staging = Path(tempfile.mkdtemp(prefix="rddm-pack-"))
-        except OSError as error:
-            self._clean()
-            raise EnvironmentFault(f"--out {self._out} cannot be written: {error.strerror or error}") from error
-        return self
-
-    def finished(self, name: str) -> None:
-        """A staged file is complete. A URL has no renaming: it goes there at once and does not take local space."""
-        self._names.append(name)
-        if not self._is_local:
-            self._place(name)
-
-    def publish(self, manifest: Manifest) -> None:
-        """Put what is not there yet under its name, the manifest last."""
-        for name in self._names if self._is_local else ():
-            self._place(name)
-        self._placed.append(MANIFEST_NAME)
-        manifest.save(self._out)
-        self._is_published = True
-
-    def _place(self, name: str) -> None:
-        uri = storage.join(self._out, name)
-        self._placed.append(name)
-        if self._is_local:
-            os.replace(self.staging / name, storage.local_path(uri))
-        else:
-            storage.upload(self.staging / name, uri)
-            (self.staging / name).unlink()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        shutil.rmtree(self.staging)
-        if not self._is_published:
-            for name in self._placed:
-                storage.remove(storage.join(self._out, name))
-            self._clean()
-        if isinstance(error, OSError):
-            raise EnvironmentFault(f"--out {self._out} cannot be written: {error.strerror or error}") from error
-
-    def _clean(self) -> None:
-        for folder in self._made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+def _chunks(pairs: Sequence[Pair]) -> list[tuple[Pair, ...]]:
+    """The same pieces of the same pairs in every call, so that kept checks fit."""
+    size = min(max(math.ceil(len(pairs) / CHUNKS), MIN_CHUNK), MAX_CHUNK)
+    return [tuple(pairs[start : start + size]) for start in range(0, len(pairs), size)]

@@ -1,53 +1,48 @@
-"""Where pairs come from: folders of equal names, or a list."""
+"""Where samples come from: folders of equal names, a list, or one folder of clean images."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.decode import FORMATS
 from data_pipeline.errors import DataError
-from data_pipeline.records import FIELDS, FORMATS
+from data_pipeline.records import FIELDS, make_key
 
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names listed in a message
-MAX_PLAIN_KEY = 60
 LIST_COLUMNS = (*FIELDS, "split")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one sample.
+    """The files of one sample; without input it is a clean image alone.
 
-    name: what the user calls it, the relative path without its extension; key: its name in the dataset, made of
-    [A-Za-z0-9_-] alone and unique.
+    key: its name in the dataset, made of [A-Za-z0-9_-] alone and unique; name: what the user calls it, the relative
+    path without its extension.
     """
 
     key: str
-    input: Path
-    target: Path
-    mask: Path | None
     name: str
+    input: Path | None
+    target: Path
+    mask: Path | None = None
 
     @property
     def files(self) -> dict[str, Path]:
-        """Field -> file."""
-        files = {"input": self.input, "target": self.target}
-        return files if self.mask is None else {**files, "mask": self.mask}
+        """Field -> file, in the order of FIELDS."""
+        files = {"input": self.input, "target": self.target, "mask": self.mask}
+        return {field: path for field, path in files.items() if path is not None}
 
-
-def make_key(name: str) -> str:
-    """A key for a name: the name itself where it is plain and short, else what is plain of it and a hash."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
-    if plain == name and len(name) <= MAX_PLAIN_KEY:
-        return name
-    return f"{plain[:MAX_PLAIN_KEY]}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
+    @property
+    def first(self) -> Path:
+        """The file that stands for the sample in messages: its input, or the clean image."""
+        return self.input or self.target
 
 
 def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair]:
@@ -59,18 +54,30 @@ def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair
     folders = {"input": Path(input), "target": Path(target)}
     if mask is not None:
         folders["mask"] = Path(mask)
-    found = {field: _scan(folder, flag=f"--{field}") for field, folder in folders.items()}
+    found = {field: scan_images(folder, flag=f"--{field}") for field, folder in folders.items()}
     for field, other in (("input", "target"), ("target", "input"), ("input", "mask"), ("mask", "input")):
         if field in found and other in found:
             orphans = [path.name for name, path in found[field].items() if name not in found[other]]
             if orphans:
                 raise DataError(
                     f"{len(orphans)} image(s) in --{field} {folders[field]} have no image of the same name in "
-                    f"--{other} {folders[other]}: {_first(orphans)}; add or remove them"
+                    f"--{other} {folders[other]}: {first_names(orphans)}; add or remove them"
                 )
     pairs = [
-        Pair(make_key(name), path, found["target"][name], found["mask"][name] if mask is not None else None, name)
+        Pair(make_key(name), name, path, found["target"][name], found["mask"][name] if mask is not None else None)
         for name, path in sorted(found["input"].items())
+    ]
+    check_unique(pairs)
+    return pairs
+
+
+def find_clean(folder: Path) -> list[Pair]:
+    """The images of a folder and the folders in it as targets without inputs, sorted by name.
+
+    Raises DataError for a missing or empty folder and for two images of one name.
+    """
+    pairs = [
+        Pair(make_key(name), name, None, path) for name, path in sorted(scan_images(folder, flag="--clean").items())
     ]
     check_unique(pairs)
     return pairs
@@ -109,11 +116,17 @@ def read_pair_list(
     parent = Path(os.path.commonpath([str(found["input"].parent) for found in files]))
     names = [found["input"].relative_to(parent).with_suffix("").as_posix() for found in files]
     pairs = [
-        Pair(make_key(name), found["input"], found["target"], found.get("mask"), name)
+        Pair(make_key(name), name, found["input"], found["target"], found.get("mask"))
         for name, found in zip(names, files, strict=True)
     ]
     check_unique(pairs)
     return pairs
+
+
+def list_splits(path: Path) -> list[str]:
+    """The values of a list's column split, sorted; [] where it has no such column. Raises DataError as above."""
+    columns, rows = _read_table(path)
+    return sorted({row[columns.index("split")].strip() for _, row in rows}) if "split" in columns else []
 
 
 def check_unique(pairs: Sequence[Pair]) -> None:
@@ -121,12 +134,22 @@ def check_unique(pairs: Sequence[Pair]) -> None:
     seen: dict[str, Pair] = {}
     for pair in pairs:
         if pair.key in seen:
-            raise DataError(f"{seen[pair.key].input} and {pair.input} have one name, {pair.name}; rename or drop one")
+            raise DataError(f"{seen[pair.key].first} and {pair.first} have one name, {pair.name}; rename or drop one")
         seen[pair.key] = pair
 
 
-def _scan(folder: Path, *, flag: str) -> dict[str, Path]:
-    """Relative name without extension -> image, of a folder and the folders in it."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return not name.startswith(".") and Path(name).suffix.lower().removeprefix(".") in FORMATS
+
+
+def scan_images(folder: Path, *, flag: str) -> dict[str, Path]:
+    """Relative name without extension -> image, of a folder and the folders in it.
+
+    Hidden files are left out, files that are no images too (logged). flag: the option that named the folder. Raises
+    DataError for a missing or empty folder and for two images of one name.
+    """
+    folder = Path(folder)
     if not folder.exists():
         raise DataError(f"{flag} {folder} does not exist; give a folder of images")
     if not folder.is_dir():
@@ -137,7 +160,7 @@ def _scan(folder: Path, *, flag: str) -> dict[str, Path]:
         relative = path.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts) or path.is_dir():
             continue
-        if path.suffix.lower().removeprefix(".") not in FORMATS:
+        if not is_image(path.name):
             others.append(relative.as_posix())
             continue
         name = relative.with_suffix("").as_posix()
@@ -147,7 +170,7 @@ def _scan(folder: Path, *, flag: str) -> dict[str, Path]:
     if not images:
         raise DataError(f"{flag} {folder} holds no images ({', '.join(sorted(FORMATS))})")
     if others:
-        log.warning("%d file(s) in %s are no images and left out: %s", len(others), folder, _first(others))
+        log.warning("%d file(s) in %s are no images and left out: %s", len(others), folder, first_names(others))
     return images
 
 
@@ -192,12 +215,11 @@ def _take_split(
     column = columns.index("split")
     taken = [(line, row) for line, row in rows if row[column].strip() == split]
     if not taken:
-        known = sorted({row[column].strip() for _, row in rows})
-        raise DataError(f"--split {split}: {path} has no such rows; its splits are {', '.join(known)}")
+        raise DataError(f"--split {split}: {path} has no such rows; its splits are {', '.join(list_splits(path))}")
     return taken
 
 
-def _first(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first few names, for a message."""
     names = list(names)
     rest = len(names) - SHOWN

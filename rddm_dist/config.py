@@ -37,14 +37,61 @@ class RunSection(Section):
     storage: str = _key("runs", EXECUTION, "Folder that holds the run folders and mlflow.db")
 
 
+class PreprocessSection(Section):
+    pad_to: int = _key(0, IDENTITY, "Least side in pixels, padded with zeros at the bottom and the right", ge=0)
+    pad_multiple: int = _key(0, IDENTITY, "Sides become multiples of it, padded likewise; 0: off", ge=0)
+    equalize: bool = _key(False, IDENTITY, "Equalise the histogram of each channel of the input")
+    resize: int = _key(0, IDENTITY, "Side of the square every image is resized to (bicubic); 0: off", ge=0)
+
+
 class DataSection(Section):
-    uri: str = _key("", EXTENDABLE, "Packed dataset to train on (the folder that holds manifest.json)")
+    uri: str | tuple[str, ...] = _key("", EXTENDABLE, "Packed dataset to train on (holds manifest.json), or several")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = _key(
+        (), IDENTITY, "Share of each of several datasets in every batch; empty: by their sizes"
+    )
     eval_uri: str = _key("", EXTENDABLE, "Packed dataset for previews during training; empty: the training data")
-    crop: int = _key(0, IDENTITY, "Side of the random square crop in pixels; 0: whole images of one size", ge=0)
+    crop: int | dict[int, int] = _key(
+        0, IDENTITY, "Side of the random square crop in pixels, 0: whole images of one size; or {first step: side}"
+    )
     flip: bool = _key(True, IDENTITY, "Mirror a sample left-right with probability one half")
+    rotate: bool = _key(
+        False, IDENTITY, "Turn a sample by 0, 90, 180 or 270 degrees, each with probability one quarter"
+    )
+    degrade: str = _key("", IDENTITY, "Make inputs from targets while training, e.g. noise(sigma=25)+jpeg(quality=40)")
+    preprocess: PreprocessSection = PreprocessSection()
     lanes: int = _key(0, IDENTITY, "Shards read in parallel per epoch; divides train.global_batch; 0: chosen", ge=0)
     threads: int = _key(2, EXECUTION, "Decoding threads per worker", ge=1, le=64)
     prefetch_batches: int = _key(4, EXECUTION, "Batches decoded ahead", ge=1, le=64)
+    prefetch_mb: int = _key(1024, EXECUTION, "Megabytes of images read and decoded ahead, at most", ge=1)
+    cache_gb: float = _key(0.0, EXECUTION, "Node-local cache of whole shards, in 10^9 bytes; 0: range reads", ge=0)
+    cache_dir: str = _key("", EXECUTION, "Folder of that cache on a local disk; empty: the system's temporary folder")
+    read_deadline_s: float = _key(120.0, EXECUTION, "How long reads from a remote dataset are tried again", gt=0)
+    bad_sample_budget: float = _key(
+        0.01, EXTENDABLE, "Part of the samples that may turn out unreadable before the run stops", ge=0, le=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.weights and len(self.weights) != len(self.uris):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} values for the {len(self.uris)} dataset(s) of data.uri; give "
+                "one each"
+            )
+        schedule = self.crop_schedule
+        if 0 not in schedule or min(schedule) < 0 or min(schedule.values()) < 0:
+            raise ValueError(f"data.crop={self.crop} must map first steps to sides in pixels, from step 0 on")
+        return self
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        """The training datasets."""
+        given = (self.uri,) if isinstance(self.uri, str) else self.uri
+        return tuple(uri for uri in given if uri)
+
+    @property
+    def crop_schedule(self) -> dict[int, int]:
+        """First step -> side of the crop."""
+        return self.crop if isinstance(self.crop, dict) else {0: self.crop}
 
 
 class ScheduleSection(Section):
@@ -212,7 +259,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = parse_config(values, source=str(path))
     run = config.run.model_copy(update={"name": config.run.name or path.stem, "storage": _absolute(config.run.storage)})
     data = config.data.model_copy(
-        update={"uri": _absolute(config.data.uri), "eval_uri": _absolute(config.data.eval_uri)}
+        update={
+            "uri": _absolute(config.data.uri)
+            if isinstance(config.data.uri, str)
+            else tuple(_absolute(uri) for uri in config.data.uri),
+            "eval_uri": _absolute(config.data.eval_uri),
+            "cache_dir": _absolute(config.data.cache_dir),
+        }
     )
     return config.model_copy(update={"run": run, "data": data})
 

@@ -90,13 +90,12 @@ def _restore_through_registry(model_uri: str, tracking_uri: str, data: str, run_
     import numpy as np
     from PIL import Image
 
-    from data_pipeline.loader import eval_index, read_sample
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.reader import Dataset
 
     mlflow.set_tracking_uri(tracking_uri)
-    manifest = Manifest.load(data)
-    entry = eval_index(data, manifest)[0]
-    sample = read_sample(data, manifest, entry.shard_index, entry.offset)
+    dataset = Dataset(data)
+    sample = dataset.whole(dataset.images()[0])
+    assert sample.input is not None, "the demo packs pairs"
     images = mlflow.pyfunc.load_model(model_uri).predict(sample.input[None])
     path = run_dir / "samples" / f"registry-{sample.key}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,12 +138,11 @@ def _write_summary(
 
 
 def _read_pairs(uri: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    from data_pipeline.loader import eval_index, read_sample
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.reader import Dataset
 
-    manifest = Manifest.load(uri)
-    samples = [read_sample(uri, manifest, entry.shard_index, entry.offset) for entry in eval_index(uri, manifest)]
-    return [(sample.input, sample.target) for sample in samples]
+    dataset = Dataset(uri)
+    samples = [dataset.whole(entry) for entry in dataset.images()]
+    return [(sample.input, sample.target) for sample in samples if sample.input is not None]
 
 
 def _baseline_psnr(baseline: Baseline, uri: str) -> float:

@@ -101,10 +101,7 @@ def _print_plan(prepared: Prepared) -> None:
 
     say(to_yaml(prepared.config).rstrip())
     say(f"# run folder: {prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})")
-    say(
-        f"# data: {prepared.manifest.num_samples} pairs in {len(prepared.manifest.shards)} shards, "
-        f"fingerprint {prepared.data_fingerprint[:12]}, {prepared.lanes} lane(s)"
-    )
+    say(f"# data: {prepared.data.describe()}")
     say(f"# {prepared.plan.describe()}")
 
 

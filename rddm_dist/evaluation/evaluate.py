@@ -8,6 +8,7 @@ same.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.errors import BadSample, ConfigError
-from data_pipeline.loader import Sample, eval_index, read_sample
+from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.manifest import Manifest
+from data_pipeline.reader import Dataset, EvalEntry, Place
+from data_pipeline.records import Sample
 from data_pipeline.rng import stable_id
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
 from rddm_dist.evaluation.restore import load_restorer
@@ -47,26 +49,43 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Unit:
-    """One forward batch: (key, shard index, offset in the shard) of images of one size."""
+    """One forward batch: images of one size."""
 
-    rows: tuple[tuple[str, int, int], ...]
+    rows: tuple[EvalEntry, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(self.rows)
+
+    @staticmethod
+    def from_json(text: str) -> Unit:
+        return Unit(
+            tuple(
+                EvalEntry(key, width, height, tuple(Place(*place) for place in places))
+                for key, width, height, places in json.loads(text)
+            )
+        )
 
 
 def plan_units(uri: str, manifest: Manifest, *, batch_size: int, limit: int = 0) -> list[Unit]:
-    """Cut the dataset, or its first `limit` keys, into forward batches."""
-    entries = eval_index(uri, manifest)
+    """Cut the dataset, or its first `limit` keys, into forward batches; the tiles of an image make one image again.
+
+    Raises DataError for a dataset without inputs.
+    """
+    if not manifest.has_input:
+        raise DataError(f"{uri} holds clean images only; pack it with --degrade to evaluate on it")
+    entries = Dataset(uri, manifest).images()
     if limit:
         entries = entries[:limit]
     entries = sorted(entries, key=lambda entry: (entry.height, entry.width, entry.key))
     units: list[Unit] = []
-    rows: list[tuple[str, int, int]] = []
+    rows: list[EvalEntry] = []
     size: tuple[int, int] | None = None
     for entry in entries:
         if rows and (len(rows) == batch_size or size != (entry.height, entry.width)):
             units.append(Unit(tuple(rows)))
             rows = []
         size = (entry.height, entry.width)
-        rows.append((entry.key, entry.shard_index, entry.offset))
+        rows.append(entry)
     if rows:
         units.append(Unit(tuple(rows)))
     return units
@@ -80,7 +99,7 @@ class UnitRunner:
         self._restorer = load_restorer(
             model, steps=settings.steps, eta=settings.eta, seed=settings.seed, device=settings.device
         )
-        self._uri, self._manifest = uri, Manifest.load(uri)
+        self._dataset = Dataset(uri)
         self._settings = settings
         self._images_dir = Path(images_dir) if images_dir else None
 
@@ -90,25 +109,27 @@ class UnitRunner:
         -> one row per image: key, name, scores, digest of the result; or key and `error` for one that cannot be read
         """
         samples, failed = [], []
-        for key, shard, offset in unit.rows:
+        for entry in unit.rows:
             try:
-                samples.append(read_sample(self._uri, self._manifest, shard, offset))
+                samples.append(self._dataset.whole(entry))
             except BadSample as error:
-                failed.append({"key": key, "error": str(error)})
+                failed.append({"key": entry.key, "error": str(error)})
         return [*self._score(samples), *failed]
 
     def _score(self, samples: list[Sample]) -> list[dict[str, Any]]:
         if not samples:
             return []
-        inputs = np.stack([sample.input for sample in samples])
+        inputs = np.stack([sample.input for sample in samples if sample.input is not None])
         masks = [sample.mask for sample in samples if sample.mask is not None]
         restored = self._restorer.restore(
             inputs, ids=[stable_id(sample.key) for sample in samples], masks=np.stack(masks) if masks else None
         )
         protocol = PROTOCOLS[self._settings.protocol]
         rows = []
-        for sample, image in zip(samples, restored, strict=True):
-            before, after = score(protocol, sample.input, sample.target), score(protocol, image, sample.target)
+        for sample, degraded, image in zip(samples, inputs, restored, strict=True):
+            # Resized like the image that the network saw, where it saw one of another size.
+            degraded, target = (self._restorer.as_restored(pixels) for pixels in (degraded, sample.target))
+            before, after = score(protocol, degraded, target), score(protocol, image, target)
             if self._images_dir is not None:
                 self._images_dir.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(self._images_dir / f"{sample.key}.png")

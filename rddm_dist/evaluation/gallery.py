@@ -36,25 +36,29 @@ def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: in
     Of more images those evenly spread from the lowest to the highest PSNR are taken. A file that is not the result of
     this evaluation (another sha256 than in the report) is left out.
     """
-    from data_pipeline.loader import eval_index, read_sample
-    from data_pipeline.manifest import Manifest
+    from data_pipeline.preprocess import resize
+    from data_pipeline.reader import Dataset
 
     kept = [row for row in report["images"] if (images_dir / f"{row['key']}.png").is_file()]
     if not kept:
         return []
     chosen = {row["key"]: row for row in _spread(kept, limit)}
     uri = report["data"]["uri"]
-    manifest = Manifest.load(uri)
+    dataset = Dataset(uri)
     images = []
-    for entry in eval_index(uri, manifest):
+    for entry in dataset.images():
         row = chosen.get(entry.key)
         if row is None:
             continue
         restored = np.asarray(Image.open(images_dir / f"{entry.key}.png").convert("RGB"))
         if hashlib.sha256(restored.tobytes()).hexdigest() != row["restored_sha256"]:
             continue
-        sample = read_sample(uri, manifest, entry.shard_index, entry.offset)
-        images.append(ReportImage(entry.key, sample.input, restored, sample.target))
+        sample = dataset.whole(entry)
+        assert sample.input is not None, "what was restored has an input"
+        sides = [sample.input, sample.target]
+        if sides[0].shape != restored.shape:  # the model works on squares of one size
+            sides = [resize(side, restored.shape[0]) for side in sides]
+        images.append(ReportImage(entry.key, sides[0], restored, sides[1]))
     return images
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.errors import DataError, ModelError
+from data_pipeline.preprocess import Preprocess
 from data_pipeline.rng import Draws
 from rddm_dist.diffusion.sampler import check_sampling, sample
 from rddm_dist.diffusion.schedule import Schedule
@@ -33,10 +34,11 @@ class RestoreSettings:
     update: str = "pred_noise"
     clip_residual: tuple[float, float] = (-2.0, 2.0)
     time_input: str = "index"
+    preprocess: Preprocess = Preprocess()
 
     def describe(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {**vars(self), "clip_residual": list(self.clip_residual)}
+        return {**vars(self), "clip_residual": list(self.clip_residual), "preprocess": asdict(self.preprocess)}
 
 
 class Restorer:
@@ -55,19 +57,25 @@ class Restorer:
 
         images: (B, H, W, 3) uint8; ids: B ids of the images (`stable_id(key)`), which decide their noise;
         masks: (B, H, W) or (B, H, W, 1) uint8 or None  ->  (B, H, W, 3) uint8, round(255 (x0 + 1) / 2).
-        The network sees the images padded at the bottom and the right to the multiple it needs. An image's noise does
-        not depend on padding, batch or device.
+        The network sees the images preprocessed as in training, then padded at the bottom and the right to the multiple
+        it needs; padding is cut off again, a resized image stays as it is, (B, resize, resize, 3). An image's noise
+        does not depend on padding, batch or device.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise DataError(f"images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}")
         if len(ids) != len(images):
             raise DataError(f"{len(images)} images need as many ids, got {len(ids)}")
-        height, width = images.shape[1:3]
+        preprocess = self.settings.preprocess
+        if masks is not None:
+            masks = masks.reshape(*images.shape[:3], 1)
+        height, width = (preprocess.resize, preprocess.resize) if preprocess.resize else images.shape[1:3]
+        if not preprocess.is_identity:
+            images = np.stack([preprocess.apply(image, field="input") for image in images])
+            masks = None if masks is None else np.stack([preprocess.apply(mask, field="mask") for mask in masks])
         x_in = torch.tensor(images).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         mask = None
         if masks is not None:
-            planes = torch.tensor(masks).to(self._device)
-            mask = planes.reshape(len(images), 1, height, width).float() / 255.0
+            mask = torch.tensor(masks).to(self._device).permute(0, 3, 1, 2).float() / 255.0
         x0 = sample(
             self._net,
             self._schedule,
@@ -85,6 +93,10 @@ class Restorer:
             raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
         restored = ((x0 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return restored.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def as_restored(self, image: np.ndarray) -> np.ndarray:
+        """An image in the geometry of the restored ones, for comparing: resized where they are.   (H, W, C) uint8"""
+        return self.settings.preprocess.apply(image, field="target") if self.settings.preprocess.resize else image
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -108,6 +120,7 @@ def make_restorer(
         seed=seed,
         clip_residual=config.diffusion.residual_clip,
         time_input=config.diffusion.time_input,
+        preprocess=Preprocess(**config.data.preprocess.model_dump()),
     )
     return Restorer(model.net.to(device), model.schedule, settings)
 

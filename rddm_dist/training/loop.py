@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Replaced
 from data_pipeline.errors import TrainingFault
 from rddm_dist.config import Config
 from rddm_dist.diffusion.schedule import Schedule
@@ -19,34 +19,51 @@ from rddm_dist.training.stopping import StopFlag
 
 @dataclass
 class Meter:
-    """Loss and throughput since the last log point."""
+    """Loss, throughput and time spent waiting for data since the last log point."""
 
     samples: int = 0
+    waited_s: float = 0.0
     losses: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        started = time.monotonic()
+        batch = next(batches)
+        self.waited_s += time.monotonic() - started
+        return batch
 
     def add(self, loss: float, samples: int) -> None:
         self.losses.append(loss)
         self.samples += samples
 
-    def read(self) -> tuple[float, float]:
-        """(mean loss, images per second) since the last reading; starts anew."""
-        loss = sum(self.losses) / len(self.losses)
-        rate = self.samples / (time.monotonic() - self.started)
-        self.samples, self.losses, self.started = 0, [], time.monotonic()
-        return loss, rate
+    def read(self) -> dict[str, float]:
+        """Mean loss, images per second and the share of time waited for data since the last reading; starts anew."""
+        elapsed_s = time.monotonic() - self.started
+        read = {
+            "train/loss": sum(self.losses) / len(self.losses),
+            "perf/images_per_s": self.samples / elapsed_s,
+            "perf/data_wait": self.waited_s / elapsed_s,
+        }
+        self.samples, self.waited_s, self.losses, self.started = 0, 0.0, [], time.monotonic()
+        return read
+
+    def restart_clock(self) -> None:
+        """Leave out what took time besides training."""
+        self.waited_s, self.started = 0.0, time.monotonic()
 
 
 @dataclass(frozen=True)
 class Actions:
     """What the loop does besides stepping. Every worker calls each at the same step.
 
-    log(step, metrics); preview(step) -> metrics; save(step).
+    log(step, metrics); preview(step) -> metrics; save(step); quarantine(step, this worker's bad samples) -> how many
+    the run has met.
     """
 
     log: Callable[[int, dict[str, Any]], None]
     preview: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
+    quarantine: Callable[[int, Sequence[Replaced]], int]
 
 
 def run_loop(
@@ -63,8 +80,10 @@ def run_loop(
 
     Raises TrainingFault on a non-finite loss, on every worker, before the weights are touched.
     """
-    train, meter = config.train, Meter()
-    for batch in batches:
+    train, meter, stream = config.train, Meter(), iter(batches)
+    num_bad = actions.quarantine(0, ())
+    while True:
+        batch = meter.wait_for(stream)
         step = batch.step + 1
         lr = learning_rate(step, config.optim)
         result = train_step(
@@ -82,21 +101,21 @@ def run_loop(
                 f"the loss is not finite at step {step} (samples {first} to {first + train.global_batch - 1} of the "
                 "run); nothing was updated; lower optim.lr, or engine.precision=fp32"
             )
+        if result.has_bad_samples:
+            num_bad = actions.quarantine(step, batch.replaced)
         ema.update(step, config.ema)
         meter.add(result.loss, train.global_batch)
         is_last = step >= train.steps
         is_end = is_last or result.must_stop
         if is_end or step % train.log_every == 0:
-            loss, rate = meter.read()
-            metrics = {"train/loss": loss, "train/lr": lr, "train/grad_norm": engine.grad_norm()}
-            actions.log(step, {**metrics, "perf/images_per_s": rate})
+            metrics = {"train/lr": lr, "train/grad_norm": engine.grad_norm(), "data/bad_samples": num_bad}
+            actions.log(step, {**meter.read(), **metrics})
         if is_end or step % train.checkpoint_every == 0:
             actions.save(step)
-            meter.started = time.monotonic()
+            meter.restart_clock()
         # After the save, and not when someone waits for the machine.
         if config.sample.every and (is_last or step % config.sample.every == 0) and not result.must_stop:
             actions.log(step, actions.preview(step))
-            meter.started = time.monotonic()
+            meter.restart_clock()
         if is_end:
             return step, is_last
-    raise AssertionError("the training loader is endless")

@@ -7,16 +7,18 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import choose_lanes
 from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
 from rddm_dist.diffusion.sampler import check_sampling
 from rddm_dist.factory import make_schedule
+from rddm_dist.training.data import TrainData, find_data
 from rddm_dist.training.plan import BatchPlan, make_plan
 from rddm_dist.training.stopping import REQUEST_FILE
 
 CONFIG_FILE, IDENTITY_FILE, JOURNAL_FILE = "config.yaml", "identity.json", "metrics.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
 # What a start that came to nothing may leave in a run folder.
 LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, "mlflow.json"}
 
@@ -30,15 +32,14 @@ class Prepared:
 
     config: Config
     run_dir: Path
-    manifest: Manifest
+    data: TrainData
     plan: BatchPlan
-    lanes: int
     is_continued: bool
     changes: tuple[str, ...] = ()
 
     @property
     def data_fingerprint(self) -> str:
-        return self.manifest.fingerprint
+        return self.data.fingerprint
 
 
 def run_dir_of(config: Config) -> Path:
@@ -55,14 +56,10 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
 
     Raises ConfigError or DataError with the key to change.
     """
-    if not config.data.uri:
-        raise ConfigError(
-            "data.uri is not set; give the dataset that `rddm pack` wrote, for example data.uri=data/train"
-        )
-    manifest = Manifest.load(config.data.uri)
-    _check_images(config, manifest)
+    data = find_data(config)
+    _check_images(config, data)
     if config.data.eval_uri:
-        _check_masks(config, config.data.eval_uri, Manifest.load(config.data.eval_uri))
+        _check_preview(config, config.data.eval_uri, Manifest.load(config.data.eval_uri))
     check_sampling(
         make_schedule(config.diffusion),
         objective=config.diffusion.objective,
@@ -72,10 +69,9 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     plan = make_plan(
         global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch
     )
-    lanes = config.data.lanes or choose_lanes(len(manifest.shards), config.train.global_batch)
     run_dir = run_dir_of(config)
     is_continued = (run_dir / CONFIG_FILE).exists()
-    prepared = Prepared(config, run_dir, manifest, plan, lanes, is_continued)
+    prepared = Prepared(config, run_dir, data, plan, is_continued)
     if is_continued:
         return replace(prepared, changes=_check_continuation(prepared))
     if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
@@ -83,35 +79,32 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     return prepared
 
 
-def _check_images(config: Config, manifest: Manifest) -> None:
+def _check_images(config: Config, data: TrainData) -> None:
     multiple = 2 ** (len(config.model.dim_mults) - 1)
-    smallest = min(manifest.min_width, manifest.min_height)
-    crop = config.data.crop
-    if crop > smallest:
-        raise ConfigError(
-            f"data.crop={crop} exceeds the smallest image side, {smallest} pixels, in {config.data.uri}; lower it"
-        )
-    if crop and crop % multiple:
-        raise ConfigError(
-            f"data.crop={crop} must be a multiple of {multiple} for model.dim_mults={list(config.model.dim_mults)}"
-        )
-    if not crop:
-        one_size = manifest.min_width == manifest.max_width and manifest.min_height == manifest.max_height
-        if not one_size:
+    for crop in data.rows.crop.values():
+        if crop % multiple:
             raise ConfigError(
-                f"data.crop=0 trains on whole images, but {config.data.uri} holds sizes from {manifest.min_width}x"
-                f"{manifest.min_height} to {manifest.max_width}x{manifest.max_height}; set data.crop <= {smallest}"
+                f"data.crop={crop} must be a multiple of {multiple} for model.dim_mults={list(config.model.dim_mults)}"
             )
-        if manifest.min_width % multiple or manifest.min_height % multiple:
+        height, width = data.rows.shape(data.manifests, crop)
+        if height % multiple or width % multiple:
             raise ConfigError(
-                f"images of {manifest.min_width}x{manifest.min_height} are no multiple of {multiple}; set data.crop"
+                f"images of {width}x{height} are no multiple of {multiple}; set data.crop or "
+                f"data.preprocess.pad_multiple={multiple}"
             )
-    _check_masks(config, config.data.uri, manifest)
+    if config.model.condition == "input_mask" and not data.has_mask:
+        raise ConfigError(
+            f"model.condition=input_mask needs masks, {data.uris[0]} gives none; pack with --mask or use input"
+        )
 
 
-def _check_masks(config: Config, uri: str, manifest: Manifest) -> None:
-    if config.model.condition == "input_mask" and not manifest.has_mask:
-        raise ConfigError(f"model.condition=input_mask needs masks, {uri} has none; pack with --mask or use input")
+def _check_preview(config: Config, uri: str, manifest: Manifest) -> None:
+    degradation = parse_degradation(config.data.degrade) if config.data.degrade else None
+    if not manifest.has_input and degradation is None:
+        raise ConfigError(f"data.eval_uri={uri} holds clean images only; set data.degrade, or pack pairs")
+    makes_mask = degradation is not None and degradation.has_mask and not manifest.has_input
+    if config.model.condition == "input_mask" and not (manifest.has_mask or makes_mask):
+        raise ConfigError(f"model.condition=input_mask needs masks, data.eval_uri={uri} has none; pack with --mask")
 
 
 def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
@@ -128,13 +121,14 @@ def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
     fingerprint = identity["data_fingerprint"]
     if fingerprint != prepared.data_fingerprint:
         raise ConfigError(
-            f"{run_dir} was started on other data (fingerprint {fingerprint[:12]}, {config.data.uri} has "
+            f"{run_dir} was started on other data (fingerprint {fingerprint[:12]}, {', '.join(config.data.uris)} has "
             f"{prepared.data_fingerprint[:12]}); point data.uri to the same dataset or choose another run.name"
         )
-    if identity["lanes"] != prepared.lanes:
+    lanes = list(prepared.data.lanes)
+    if identity["lanes"] != lanes:
         raise ConfigError(
-            f"{run_dir} was started with {identity['lanes']} lanes, now {prepared.lanes} would be chosen; set "
-            f"data.lanes={identity['lanes']}"
+            f"{run_dir} was started with {identity['lanes']} lanes, now {lanes} would be chosen; set "
+            f"data.lanes={identity['lanes'][0]}"
         )
     return tuple(differences(earlier, config, EXTENDABLE))
 
@@ -151,7 +145,7 @@ def make_run_dir(prepared: Prepared) -> None:
 
 def write_identity(prepared: Prepared) -> None:
     """Write config.yaml and identity.json into the run folder; config.yaml last, it makes the folder a run."""
-    identity = {"data_fingerprint": prepared.data_fingerprint, "lanes": prepared.lanes}
+    identity = {"data_fingerprint": prepared.data_fingerprint, "lanes": list(prepared.data.lanes)}
     for name, text in ((IDENTITY_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, to_yaml(prepared.config))):
         temporary = prepared.run_dir / f".{name}.tmp"
         temporary.write_text(text)

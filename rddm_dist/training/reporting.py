@@ -128,12 +128,12 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
         params={name: value for name, _, value in iter_keys(config)},
         tags={
             "rddm.data_fingerprint": prepared.data_fingerprint,
-            "rddm.data_uri": config.data.uri,
+            "rddm.data_uri": ", ".join(config.data.uris),
             "rddm.config_digest": identity_digest(config),
             "rddm.run_dir": str(prepared.run_dir),
             "rddm.batch_plan": prepared.plan.describe(),
         },
         journal=prepared.run_dir / JOURNAL_FILE,
-        dataset=(config.data.uri, prepared.data_fingerprint),
+        dataset=(", ".join(config.data.uris), prepared.data_fingerprint),
     )
     return tracker

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from data_pipeline.batch import Replaced
 from data_pipeline.errors import ModelError
-from data_pipeline.loader import build_train_loader
 from data_pipeline.rng import mix_seed
 from rddm_dist import comm
 from rddm_dist.comm import Topology
@@ -21,11 +21,13 @@ from rddm_dist.factory import make_net, make_schedule
 from rddm_dist.log import configure as configure_logging
 from rddm_dist.model.weights import save_safetensors
 from rddm_dist.training import checkpoint as ckpt
+from rddm_dist.training.data import open_loader
 from rddm_dist.training.ema import Ema, make_ema
 from rddm_dist.training.engine import Engine
 from rddm_dist.training.loop import Actions, run_loop
 from rddm_dist.training.prepare import Prepared, make_run_dir, prepare, run_dir_of, write_identity
 from rddm_dist.training.preview import Preview
+from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting, open_reporting
 from rddm_dist.training.stopping import StopFlag, clear_request
 
@@ -164,21 +166,7 @@ def _run(
         _export(prepared, engine, ema, first_step, reporting)
         return first_step, "done"
     schedule = make_schedule(config.diffusion).to(engine.device)
-    loader = build_train_loader(
-        config.data.uri,
-        prepared.manifest,
-        seed=config.train.seed,
-        global_batch=plan.global_batch,
-        lanes=prepared.lanes,
-        rank=comm.rank(),
-        world_size=plan.world_size,
-        rows_per_rank=plan.rows_per_rank,
-        start_step=first_step,
-        crop=config.data.crop,
-        flip=config.data.flip,
-        threads=config.data.threads,
-        prefetch_batches=config.data.prefetch_batches,
-    )
+    loader = open_loader(config, prepared.data, plan, rank=comm.rank(), start_step=first_step)
     try:
         step, is_complete = run_loop(
             config,
@@ -204,6 +192,7 @@ def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Repor
     config, plan = prepared.config, prepared.plan
     checkpoints = prepared.run_dir / "checkpoints"
     preview = Preview(prepared) if config.sample.every and comm.rank() == 0 else None
+    quarantine = Quarantine(prepared)
 
     def save(step: int) -> None:
         progress = ckpt.Progress(
@@ -228,7 +217,11 @@ def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Repor
         reporting.preview(step, grid)
         return metrics
 
-    return Actions(log=reporting.metrics, preview=show, save=save)
+    def isolate(step: int, replaced: Sequence[Replaced]) -> int:
+        quarantine.record(step, replaced)
+        return quarantine.count
+
+    return Actions(log=reporting.metrics, preview=show, save=save, quarantine=isolate)
 
 
 def _export(prepared: Prepared, engine: Engine, ema: Ema, step: int, reporting: Reporting) -> None:

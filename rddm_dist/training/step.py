@@ -20,11 +20,12 @@ from rddm_dist.training.engine import Engine
 @dataclass(frozen=True)
 class StepResult:
     """What all workers know after a step. `loss`: mean over the global batch; with `is_finite` False nothing was
-    updated."""
+    updated. `has_bad_samples`: whether a row of the global batch, on any worker, had to be replaced."""
 
     loss: float
     is_finite: bool
     must_stop: bool
+    has_bad_samples: bool
 
 
 def learning_rate(step: int, settings: OptimSection) -> float:
@@ -39,8 +40,8 @@ def learning_rate(step: int, settings: OptimSection) -> float:
 
 
 def to_unit_range(images: Tensor, device: torch.device) -> Tensor:
-    """(B, C, H, W) uint8 -> float32 in [-1, 1]."""
-    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+    """(B, C, H, W) uint8 -> float32 in [-1, 1], channels first in memory as the network computes."""
+    return images.to(device, non_blocking=True).float().contiguous().div_(127.5).sub_(1.0)
 
 
 def train_step(
@@ -80,8 +81,11 @@ def train_step(
         total += losses.detach().double().sum()
         if micro == plan.accumulation - 1:
             loss_sum = float(total)
-            flags = comm.sum_floats([loss_sum, float(not math.isfinite(loss_sum)), float(wants_stop)])
+            own = [loss_sum, float(not math.isfinite(loss_sum)), float(wants_stop), float(len(batch.replaced))]
+            flags = comm.sum_floats(own)
             if flags[1]:
-                return StepResult(loss=math.nan, is_finite=False, must_stop=True)
+                return StepResult(loss=math.nan, is_finite=False, must_stop=True, has_bad_samples=flags[3] > 0)
         engine.step(lr=lr)
-    return StepResult(loss=flags[0] / plan.global_batch, is_finite=True, must_stop=flags[2] > 0)
+    return StepResult(
+        loss=flags[0] / plan.global_batch, is_finite=True, must_stop=flags[2] > 0, has_bad_samples=flags[3] > 0
+    )

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.loader import build_train_loader
-from data_pipeline.manifest import Manifest
+from data_pipeline.loader import Pace, Share, build_train_loader
 from data_pipeline.order import choose_lanes
+from data_pipeline.reader import Dataset
 from data_pipeline.rng import Draws
+from data_pipeline.rows import RowSettings
 from rddm_dist.model.weights import load_safetensors
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.plan import make_plan
@@ -33,22 +34,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def global_batch_digests(data: str, world_size: int, *, threads: int, first: int = 0, count: int = 8) -> list[str]:
     """sha256 per step over inputs, targets, timesteps and noise of the global batch, put together from all ranks."""
-    manifest = Manifest.load(data)
+    dataset = Dataset(data)
     plan = make_plan(global_batch=BATCH, world_size=world_size, micro_batch=0)
     loaders = [
         build_train_loader(
-            data,
-            manifest,
+            [dataset],
+            RowSettings(crop={0: 16}),
             seed=3,
             global_batch=BATCH,
-            lanes=choose_lanes(len(manifest.shards), BATCH),
-            rank=rank,
-            world_size=world_size,
-            rows_per_rank=plan.rows_per_rank,
+            lanes=[choose_lanes(len(dataset.manifest.shards), BATCH)],
+            share=Share(rank, world_size, plan.rows_per_rank),
             start_step=first,
-            crop=16,
-            flip=True,
-            threads=threads,
+            pace=Pace(threads),
         )
         for rank in range(world_size)
     ]

@@ -94,7 +94,7 @@ def test_pack_with_no_source(refused: Refused, tmp_path: Path) -> None:
         ("train.stepz=3", "did you mean train.steps?"),
         ("train.global_batch=0", "train.global_batch=0"),
         ("engine.zero_stage=4", "engine.zero_stage=4"),
-        ("data.crop=64", "data.crop=64 exceeds the smallest image side, 40 pixels"),
+        ("data.crop=64", "holds images of 48x40 to 48x40; set data.crop to 0 or 1..40"),
         ("data.crop=15", "data.crop=15 must be a multiple of 2"),
         ("data.uri=/nowhere", "/nowhere is no packed dataset"),
         ("engine.precision=fp16", "engine.precision=fp16 needs a GPU"),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.manifest import Manifest
-from data_pipeline.reader import load_index
+from data_pipeline.reader import Dataset
 from tests.e2e.conftest import TinyRun
 from tests.support.datasets import make_dataset
 from tests.support.processes import RDDM, ROOT, Finished, finish, kill_group, rddm, run, start
@@ -188,7 +188,7 @@ def test_an_image_that_cannot_be_read_is_listed_and_the_rest_is_scored(tiny_run:
     data = tmp_path / "damaged"
     shutil.copytree(tiny_run.data, data)
     manifest = Manifest.load(str(data))
-    entry = load_index(str(data), manifest.shards[0], has_mask=False)[0]
+    entry = Dataset(str(data), manifest).index(0)[0]
     with open(data / manifest.shards[0].name, "r+b") as shard:
         shard.seek(entry.members[0].start)
         shard.write(b"no image at all")

@@ -12,6 +12,7 @@ from rddm_dist.config import (
     EXTENDABLE,
     IDENTITY,
     Config,
+    Section,
     differences,
     identity_digest,
     iter_keys,
@@ -41,7 +42,7 @@ def test_every_key_has_a_class_and_a_description() -> None:
     assert classes == {IDENTITY, EXTENDABLE, EXECUTION}
     for section in Config.model_fields.values():
         for name, field in type(section.default).model_fields.items():
-            assert name == "schedule" or field.description, name
+            assert isinstance(field.default, Section) or field.description, name
 
 
 def test_overrides_are_yaml_values(tmp_path: Path) -> None:
@@ -104,3 +105,35 @@ def test_local_paths_become_absolute_and_urls_stay(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, ""), ["data.uri=here/data", "data.eval_uri=s3://bucket/eval"])
     assert config.data.uri == str(Path("here/data").absolute())
     assert config.data.eval_uri == "s3://bucket/eval"
+
+
+def test_several_datasets_with_weights_and_a_growing_crop_survive_writing_and_reading(tmp_path: Path) -> None:
+    text = "data: {uri: [a, s3://bucket/b], weights: [1, 0.5], crop: {0: 64, 5000: 96}, preprocess: {equalize: true}}"
+    config = load_config(write(tmp_path, text))
+    assert config.data.uris == (str(Path("a").absolute()), "s3://bucket/b")
+    assert config.data.crop_schedule == {0: 64, 5000: 96}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    again = load_config(tmp_path / "again.yaml")
+    assert again == config and identity_digest(again) == identity_digest(config)
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert load_config(write(tmp_path, ""), ["data.uri=one"]).data.uris == (str(Path("one").absolute()),)
+    assert load_config(write(tmp_path, "")).data.uris == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.weights=[1, 2]", "data.weights has 2 values for the 1 dataset(s) of data.uri"),
+        ("data.weights=[0]", "data.weights"),
+        ("data.crop={10: 64}", "must map first steps to sides in pixels, from step 0 on"),
+        ("data.crop=-8", "must map first steps to sides in pixels"),
+        ("data.crop=big", "data.crop"),
+        ("data.preprocess.resize=-1", "data.preprocess.resize"),
+        ("data.bad_sample_budget=2", "data.bad_sample_budget"),
+        ("data.read_deadline_s=0", "data.read_deadline_s"),
+    ],
+)
+def test_a_wrong_setting_of_the_data_is_one_line(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "data: {uri: a}"), [override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline import pack as pack_module
 from data_pipeline import storage
+from data_pipeline.decode import decode_image
+from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault
-from data_pipeline.loader import eval_index, read_sample
 from data_pipeline.manifest import Manifest
-from data_pipeline.pack import pack
-from data_pipeline.records import decode_image
-from data_pipeline.sources import Pair, find_pairs
+from data_pipeline.pack import foresee, pack
+from data_pipeline.pack_executors import Executor, processes, threads
+from data_pipeline.pack_jobs import WORK_PREFIX, digest
+from data_pipeline.pack_output import STAGING, Output
+from data_pipeline.reader import Dataset
+from data_pipeline.rng import stable_id
+from data_pipeline.sources import Pair, find_clean, find_pairs
 from tests.support.datasets import make_dataset, make_folders
+from tests.support.processes import kill_group, start
+from tests.support.servers import make_bucket, s3_server, wait_until
 
 
 def _pairs(tmp_path: Path, **options: Any) -> list[Pair]:
@@ -57,7 +66,7 @@ def test_shards_hold_equal_counts_and_the_manifest_tells_the_truth(tmp_path: Pat
     assert len(counts) > 2 and sum(counts) == manifest.num_samples == 11 and max(counts) - min(counts) <= 1
     for shard in manifest.shards:
         data = (tmp_path / "data" / shard.name).read_bytes()
-        assert (len(data), pack_module._digest(data)) == (shard.bytes, shard.sha256)
+        assert (len(data), digest(data)) == (shard.bytes, shard.sha256)
     assert (manifest.min_width, manifest.max_width, manifest.min_height, manifest.max_height) == (48, 48, 40, 40)
     assert Manifest.load(str(tmp_path / "data")) == manifest
 
@@ -84,10 +93,11 @@ def test_a_sample_comes_back_by_its_place(tmp_path: Path, codec: str) -> None:
     uri = make_dataset(tmp_path, count=5, mask=True, codec=codec)
     manifest = Manifest.load(uri)
     assert manifest.has_mask and manifest.codec == codec
-    entries = eval_index(uri, manifest)
+    dataset = Dataset(uri, manifest)
+    entries = dataset.images()
     assert [entry.key for entry in entries] == [f"photo_{number:03d}" for number in range(5)]
     for entry in entries:
-        sample = read_sample(uri, manifest, entry.shard_index, entry.offset)
+        sample = dataset.whole(entry)
         assert sample.key == entry.key and (entry.width, entry.height) == (48, 40)
         for field, image in (("input", sample.input), ("target", sample.target), ("mask", sample.mask)):
             file = tmp_path / "data-source" / field / f"{entry.key}.png"
@@ -107,9 +117,20 @@ def test_the_same_dataset_is_reused_and_another_one_refused(tmp_path: Path) -> N
     for change in ({"seed": 1}, {"codec": "png"}, {"shard_mb": 0.01}):
         with pytest.raises(DataError, match="holds another dataset"):
             pack(pairs, out, jobs=1, **change)
-    Image.new("RGB", (48, 40)).save(pairs[0].input)
+    Image.new("RGB", (48, 40)).save(pairs[0].files["input"])
     with pytest.raises(DataError, match="holds another dataset"):
         pack(pairs, out, jobs=1)
+    assert _content(out) == before
+
+
+def test_what_a_pack_killed_at_its_very_end_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path)
+    out = tmp_path / "data"
+    pack(pairs, str(out), jobs=1)
+    before = _content(out)
+    (out / STAGING).mkdir()
+    (out / STAGING / "plan.json").write_text('{"digest": "0", "num_shards": 1}')
+    assert pack(pairs, str(out), jobs=1).reused
     assert _content(out) == before
 
 
@@ -133,16 +154,8 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
         pack(_pairs(tmp_path), str(out / "thesis.txt"), jobs=1)
 
 
-def test_what_a_killed_pack_left_is_swept(tmp_path: Path) -> None:
-    out = tmp_path / "data"
-    (out / f"{pack_module.STAGING_PREFIX}x").mkdir(parents=True)
-    (out / f"{pack_module.STAGING_PREFIX}x" / "shard-00000.tar").write_bytes(b"half")
-    pack(_pairs(tmp_path), str(out), jobs=1)
-    assert sorted(os.listdir(out)) == ["manifest.json", "shard-00000.idx", "shard-00000.tar"]
-
-
 class _Interrupted:
-    """Progress that raises KeyboardInterrupt or an error after some calls."""
+    """Progress that raises an error when it is called for the n-th time."""
 
     def __init__(self, calls: int, error: BaseException) -> None:
         self.calls, self.error = calls, error
@@ -153,21 +166,120 @@ class _Interrupted:
             raise self.error
 
 
-@pytest.mark.parametrize("calls", [1, 6, 7, 9, 12])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug")])
-def test_nothing_is_left_of_an_interrupted_pack(tmp_path: Path, calls: int, error: BaseException) -> None:
+def _mtimes(folder: Path, pattern: str) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug"), EnvironmentFault("no space")])
+def test_an_interrupted_pack_is_no_dataset_and_the_same_command_finishes_it(
+    tmp_path: Path, calls: int, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two chunks of checks, one report of what was there, then a report for each of six shards."""
+    pairs = _pairs(tmp_path, count=10)
+    pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
+    out = tmp_path / "new" / "data"
+    with pytest.raises(type(error)):
+        pack(pairs, str(out), shard_mb=0.01, jobs=2, progress=_Interrupted(calls, error))
+    assert os.listdir(out) == [STAGING] and "the same command goes on from there" in caplog.text
+    finished = _mtimes(out / STAGING, "shard-*.json")
+    assert len(finished) >= calls - 3
+    kept = _mtimes(out / STAGING, "check-*.json") | {
+        name.replace(".json", ".tar"): (out / STAGING / name.replace(".json", ".tar")).stat().st_mtime_ns
+        for name in finished
+    }
+    reports: list[int] = []
+    result = pack(pairs, str(out), shard_mb=0.01, jobs=3, progress=lambda done, total: reports.append(done))
+    assert not result.reused and reports[-1] == 10
+    assert _content(out) == _content(tmp_path / "whole")
+    assert kept and _mtimes(out, "*.tar").items() >= {n: t for n, t in kept.items() if n.endswith("tar")}.items()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"codec": "png"}, {"shard_mb": 0.03}, "image"])
+def test_what_an_interrupted_pack_left_is_swept_by_another_one(tmp_path: Path, change: Any) -> None:
+    pairs = _pairs(tmp_path, count=10)
+    out = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        pack(pairs, str(out), shard_mb=0.02, jobs=1, progress=_Interrupted(6, KeyboardInterrupt()))
+    assert len(list((out / STAGING).glob("*.tar"))) >= 3
+    (out / STAGING / f"{WORK_PREFIX}x").mkdir()
+    if change == "image":
+        Image.new("RGB", (48, 40)).save(pairs[0].files["input"])
+    options = {"shard_mb": 0.02, **(change if isinstance(change, dict) else {})}
+    pack(pairs, str(out), jobs=1, **options)
+    pack(pairs, str(tmp_path / "whole"), jobs=1, **options)
+    assert _content(out) == _content(tmp_path / "whole")
+
+
+def test_only_checks_of_unchanged_files_are_kept(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=17)
+    out = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        pack(pairs, str(out), jobs=1, progress=_Interrupted(4, KeyboardInterrupt()))
+    before = _mtimes(out / STAGING, "check-*.json")
+    Image.new("RGB", (48, 40)).save(pairs[8].files["input"])
+    with pytest.raises(KeyboardInterrupt):
+        pack(pairs, str(out), jobs=1, progress=_Interrupted(4, KeyboardInterrupt()))
+    after = _mtimes(out / STAGING, "check-*.json")
+    assert len(before) == 3 and [name for name in sorted(before) if before[name] != after[name]] == ["check-00001.json"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from data_pipeline.pack import pack
+from data_pipeline.pack_executors import processes, threads
+from data_pipeline.sources import find_pairs
+
+if __name__ == "__main__":
+    source, out, executor = Path(sys.argv[1]), sys.argv[2], {"threads": threads, "processes": processes}[sys.argv[3]]
+    pack(find_pairs(source / "input", source / "target"), out, shard_mb=0.001, codec="webp", executor=executor(2))
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_killed_pack_is_continued_with_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    """Twelve shards of one pair; killed when two are finished."""
+    pairs = _pairs(tmp_path, count=12, size=(128, 128))
+    options: dict[str, Any] = {"shard_mb": 0.001, "codec": "webp", "jobs": 2}
+    pack(pairs, str(tmp_path / "whole"), **options)
+    script, out = tmp_path / "killed.py", tmp_path / "data"
+    script.write_text(KILLED)
+    process = start([sys.executable, str(script), str(tmp_path / "source"), str(out), kind], cwd=tmp_path)
+    try:
+        wait_until(lambda: len(list((out / STAGING).glob("shard-*.json"))) >= 2, timeout_s=30)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(timeout=10)
+        assert not psutil.wait_procs(workers, timeout=10)[1], "workers end with the one they work for"
+    finally:
+        kill_group(process)
+    assert len(workers) >= 2 or kind == "threads"
+    assert os.listdir(out) == [STAGING]
+    finished = {path.with_suffix(".tar").name for path in (out / STAGING).glob("shard-*.json")}
+    before = {name: time for name, time in _mtimes(out / STAGING, "shard-*.tar").items() if name in finished}
+    assert 2 <= len(before) == len(finished) < 12
+    pack(pairs, str(out), **options)
+    assert _content(out) == _content(tmp_path / "whole")
+    after = _mtimes(out, "*.tar")
+    assert {name for name, time in before.items() if after[name] == time} == finished
+
+
+def test_a_second_pack_into_one_folder_is_refused(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
-    with pytest.raises(type(error)):
-        pack(pairs, str(tmp_path / "new" / "data"), shard_mb=0.01, jobs=2, progress=_Interrupted(calls, error))
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old").mkdir()
-    with pytest.raises(type(error)):
-        pack(pairs, str(tmp_path / "old"), shard_mb=0.01, jobs=2, progress=_Interrupted(calls, error))
-    assert os.listdir(tmp_path / "old") == []
+    out = tmp_path / "data"
+    with Output(str(out)):
+        with pytest.raises(DataError, match="is being packed by another process; wait for it"):
+            pack(pairs, str(out), jobs=1)
+        assert os.listdir(out) == [STAGING]
+    assert not out.exists()
+    assert not pack(pairs, str(out), jobs=1).reused
 
 
 @pytest.mark.parametrize("failing", ["shard-00001.tar", "manifest.json"])
-def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_place_that_cannot_be_written_is_told_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     replace = os.replace
 
     def fail(source: Any, target: Any) -> None:
@@ -175,10 +287,26 @@ def test_nothing_is_left_when_publishing_fails(tmp_path: Path, monkeypatch: pyte
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(EnvironmentFault, match="cannot be written: No space left on device"):
-        pack(_pairs(tmp_path), str(tmp_path / "data"), shard_mb=0.01, jobs=1)
-    assert not (tmp_path / "data").exists()
+    pairs = _pairs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(EnvironmentFault, match="cannot be written: No space left on device"):
+            pack(pairs, str(tmp_path / "data"), shard_mb=0.01, jobs=1)
+    assert "manifest.json" not in os.listdir(tmp_path / "data")
+    pack(pairs, str(tmp_path / "data"), shard_mb=0.01, jobs=1)
+    pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
+    assert _content(tmp_path / "data") == _content(tmp_path / "whole")
+
+
+def test_bad_input_leaves_nothing_even_where_shards_were_finished(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=10)
+    out = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        pack(pairs, str(out), shard_mb=0.02, jobs=1, progress=_Interrupted(6, KeyboardInterrupt()))
+    pairs[3].target.write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be used"):
+        pack(pairs, str(out), shard_mb=0.02, jobs=1)
+    assert os.listdir(out) == []
 
 
 def test_progress_counts_every_pair_once(tmp_path: Path) -> None:
@@ -205,10 +333,18 @@ def test_a_pair_of_two_sizes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"codec": "gif"}, "--codec=gif is unknown; choose one of keep, png, webp, jpeg, raw"),
+        ({"codec": "gif"}, "--codec=gif is unknown; choose one of auto, keep, png, webp, jpeg, raw"),
         ({"shard_mb": 0}, "--shard-mb=0 must be above 0"),
         ({"shard_mb": float("nan")}, "--shard-mb=nan must be above 0"),
         ({"jobs": -1}, "--jobs=-1"),
+        ({"codec": "jpeg", "quality": 0}, r"--quality=0 must lie in 1\.\.100"),
+        ({"codec": "png", "quality": 80}, "--quality=80 goes with --codec=jpeg, not with --codec=png"),
+        ({"overlap": 8}, "--overlap=8 goes with --tile"),
+        ({"tile": 32, "overlap": 32}, r"--tile=32 with --overlap=32: the overlap must lie in 0\.\.31"),
+        ({"tile": 32, "codec": "keep"}, "--codec=keep stores .* but --tile cuts them; choose png, webp, jpeg or raw"),
+        ({"degrade": "noise", "codec": "keep"}, "--codec=keep .* but --degrade makes new ones; choose png"),
+        ({"degrade": "noise"}, "--degrade makes inputs from clean images, but these have inputs"),
+        ({"degrade": "fog"}, "--degrade"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -219,28 +355,30 @@ def test_bad_options_are_named(tmp_path: Path, options: dict[str, Any], message:
 def test_bad_lists_of_pairs_are_refused(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
     out = str(tmp_path / "data")
+    image = pairs[0].target
     with pytest.raises(DataError, match="no pairs"):
         pack([], out)
     with pytest.raises(DataError, match="have one name, photo_000"):
         pack([pairs[0], pairs[0]], out)
     with pytest.raises(DataError, match=r"key '\.\./x' is not allowed"):
-        pack([Pair("../x", pairs[0].input, pairs[0].target, None, "x")], out)
-    half_masked = Pair("masked", pairs[0].input, pairs[0].target, pairs[0].target, "masked")
+        pack([Pair("../x", "x", image, image)], out)
     with pytest.raises(DataError, match=r"6 of 7 pairs have no mask"):
-        pack([*pairs, half_masked], out)
-    gone = Pair("gone", tmp_path / "gone.png", pairs[0].target, None, "gone")
+        pack([*pairs, Pair("masked", "masked", image, image, image)], out)
+    with pytest.raises(DataError, match=r"1 of 7 pairs have no input, the first is clean"):
+        pack([*pairs, Pair("clean", "clean", None, image)], out)
+    with pytest.raises(DataError, match="masked has a mask but no input"):
+        pack([Pair("masked", "masked", None, image, image)], out)
     with pytest.raises(DataError, match=r"gone\.png cannot be read"):
-        pack([gone], out)
+        pack([Pair("gone", "gone", tmp_path / "gone.png", image)], out)
+    assert not Path(out).exists()
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
-    calls: list[int] = []
 
     def spoil(done: int, total: int) -> None:
-        calls.append(done)
-        if len(calls) == total:  # all are checked, none is written
-            shutil.copyfile(pairs[0].input, pairs[1].input)
+        if done == total // 2:  # all are checked, none is written
+            shutil.copyfile(pairs[0].files["input"], pairs[1].files["input"])
 
     with pytest.raises(DataError, match=r"photo_001\.png changed while it was being packed"):
         pack(pairs, str(tmp_path / "data"), jobs=1, progress=spoil)
@@ -265,25 +403,213 @@ def bucket() -> Iterator[str]:
         storage.remove(storage.join(uri, name))
 
 
+def _remote_content(uri: str) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(uri, name)) for name in storage.list_names(uri)}
+
+
 def test_a_url_holds_the_same_dataset(tmp_path: Path, bucket: str) -> None:
     pairs = _pairs(tmp_path)
     local = pack(pairs, str(tmp_path / "data"), shard_mb=0.01, jobs=1).manifest
     remote = pack(pairs, bucket, shard_mb=0.01, jobs=2).manifest
     assert remote == local == Manifest.load(bucket)
-    assert {name: storage.read_bytes(storage.join(bucket, name)) for name in storage.list_names(bucket)} == _content(
-        tmp_path / "data"
-    )
+    assert _remote_content(bucket) == _content(tmp_path / "data")
     assert pack(pairs, bucket, shard_mb=0.01).reused
-    for entry in eval_index(bucket, remote):
-        assert read_sample(bucket, remote, entry.shard_index, entry.offset).key == entry.key
+    dataset = Dataset(bucket, remote)
+    assert [dataset.whole(entry).key for entry in dataset.images()] == [pair.key for pair in pairs]
 
 
-def test_nothing_is_left_of_an_interrupted_upload(tmp_path: Path, bucket: str) -> None:
+def test_an_interrupted_upload_is_continued_and_finished_shards_are_not_sent_again(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = _pairs(tmp_path, count=10)
+    sent: list[str] = []
+    upload = storage.upload
+
+    def send(path: Path, uri: str) -> None:
+        if is_broken and path.name == "shard-00003.tar":
+            raise EnvironmentFault("the server is gone")
+        sent.append(path.name)
+        upload(path, uri)
+
+    monkeypatch.setattr(storage, "upload", send)
+    is_broken = True
+    with pytest.raises(EnvironmentFault, match="the server is gone"):
+        pack(pairs, bucket, shard_mb=0.01, jobs=1)
+    kept = storage.list_names(storage.join(bucket, STAGING))
+    finished = {name.removesuffix(".json") for name in kept if name.startswith("shard-")}
+    assert len(finished) >= 3 and "manifest.json" not in storage.list_names(bucket)
+    is_broken = False
+    sent.clear()
+    pack(pairs, bucket, shard_mb=0.01, jobs=1)
+    monkeypatch.undo()
+    pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
+    content = _content(tmp_path / "whole")
+    assert _remote_content(bucket) == content
+    every = {name.partition(".")[0] for name in content} - {"manifest"}
+    assert {name.partition(".")[0] for name in sent} == every - finished != set()
+
+
+def test_nothing_is_left_of_bad_input_at_a_url(tmp_path: Path, bucket: str) -> None:
+    pairs = _pairs(tmp_path, count=10)
     with pytest.raises(KeyboardInterrupt):
-        pack(_pairs(tmp_path), bucket, shard_mb=0.01, jobs=1, progress=_Interrupted(10, KeyboardInterrupt()))
+        pack(pairs, bucket, shard_mb=0.02, jobs=1, progress=_Interrupted(6, KeyboardInterrupt()))
+    pairs[3].target.write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be used"):
+        pack(pairs, bucket, shard_mb=0.02, jobs=1)
     assert storage.list_names(bucket) == []
 
 
-def test_an_unknown_kind_of_url_is_refused(tmp_path: Path) -> None:
+def test_a_bucket_holds_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = _pairs(tmp_path)
+    with s3_server() as (endpoint, settings):
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        uri = f"{make_bucket(endpoint, 'images')}/train"
+        with pytest.raises(KeyboardInterrupt):
+            pack(pairs, uri, shard_mb=0.01, jobs=2, progress=_Interrupted(4, KeyboardInterrupt()))
+        pack(pairs, uri, shard_mb=0.01, jobs=2)
+        content = _remote_content(uri)
+        assert pack(pairs, uri, shard_mb=0.01, jobs=2).reused
+    pack(pairs, str(tmp_path / "data"), shard_mb=0.01, jobs=1)
+    assert content == _content(tmp_path / "data")
+
+
+def test_urls_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path)
     with pytest.raises(ConfigError, match="nothing://x"):
-        pack(_pairs(tmp_path), "nothing://x", jobs=1)
+        pack(pairs, "nothing://x", jobs=1)
+    with pytest.raises(ConfigError, match="--out https://host/x cannot be written; give a folder or an s3:// URL"):
+        pack(pairs, "https://host/x", jobs=1)
+
+
+def _refuse(number: int) -> int:
+    if number == 2:
+        raise DataError("two is no good")
+    return number
+
+
+def test_processes_give_the_same_bytes_and_errors_as_threads_and_their_death_is_told(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=10, mask=True)
+    options: dict[str, Any] = {"codec": "webp", "shard_mb": 0.02, "tile": 32, "overlap": 4}
+    with threads(2) as work:
+        pack(pairs, str(tmp_path / "threads"), executor=nullcontext(work), **options)
+        _check_refusal(work)
+    with pytest.raises(EnvironmentFault, match="a packing process died"), processes(1) as work:
+        pack(pairs[::-1], str(tmp_path / "processes"), executor=nullcontext(work), **options)
+        _check_refusal(work)
+        assert list(work.map(abs, [-1, -2])) == [1, 2]
+        list(work.map(os._exit, [3]))
+    assert _content(tmp_path / "threads") == _content(tmp_path / "processes")
+
+
+def _check_refusal(work: Executor) -> None:
+    results = work.map(_refuse, range(100))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(DataError, match="^two is no good$"):
+        next(results)
+
+
+def test_clean_images_alone_make_a_dataset_of_targets(tmp_path: Path) -> None:
+    _, targets = make_folders(tmp_path / "source", count=5)
+    pairs = find_clean(targets)
+    manifest = pack(pairs, str(tmp_path / "data"), jobs=1).manifest
+    assert (manifest.fields, manifest.codec, manifest.has_input) == (("target",), "keep", False)
+    dataset = Dataset(str(tmp_path / "data"))
+    for entry, pair in zip(dataset.images(), pairs, strict=True):
+        sample = dataset.whole(entry)
+        assert sample.input is None and sample.mask is None
+        assert np.array_equal(sample.target, decode_image(pair.target.read_bytes(), "png", channels=3))
+
+
+@pytest.mark.parametrize("spec, has_mask", [("noise(sigma=25)", False), ("inpaint(mask=box)", True)])
+def test_degraded_inputs_are_made_from_seed_and_key_alone(tmp_path: Path, spec: str, has_mask: bool) -> None:
+    _, targets = make_folders(tmp_path / "source", count=5)
+    pairs = find_clean(targets)
+    pack(pairs, str(tmp_path / "all"), degrade=spec, seed=3, jobs=2)
+    pack(pairs[1:2], str(tmp_path / "one"), degrade=spec, seed=3, codec="webp")
+    pack(pairs[1:2], str(tmp_path / "other"), degrade=spec, seed=4)
+    every, one, other = (Dataset(str(tmp_path / name)) for name in ("all", "one", "other"))
+    assert every.manifest.has_mask == has_mask and every.manifest.codec == "png"
+    entry = every.images()[1]
+    samples = [every.whole(entry), one.whole(one.images()[0]), other.whole(other.images()[0])]
+    expected, masks = parse_degradation(spec).apply(
+        samples[0].target[None], seed=3, ids=np.array([stable_id("photo_001")])
+    )
+    for sample in samples[:2]:
+        assert np.array_equal(sample.target, decode_image(pairs[1].target.read_bytes(), "png", channels=3))
+        assert np.array_equal(sample.input, expected[0]) and not np.array_equal(sample.input, sample.target)
+        assert np.array_equal(sample.mask, masks[0]) if masks is not None else sample.mask is None
+    assert not np.array_equal(samples[2].input, samples[0].input)
+
+
+def test_an_image_too_small_to_degrade_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "clean").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "clean" / "tiny.png")
+    with pytest.raises(DataError, match=r"tiny\.png: a mask for an image of 4x4"):
+        pack(find_clean(tmp_path / "clean"), str(tmp_path / "data"), degrade="inpaint(mask=box)", jobs=1)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_quality_of_jpeg_counts(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=2)
+    sizes = [
+        pack(pairs, str(tmp_path / str(quality)), codec="jpeg", quality=quality, jobs=1).manifest.shards[0].bytes
+        for quality in (40, 95)
+    ]
+    assert sizes[0] < sizes[1]
+    with pytest.raises(DataError, match="holds another dataset"):
+        pack(pairs, str(tmp_path / "40"), codec="jpeg", quality=41, jobs=1)
+
+
+def test_a_dry_run_foresees_what_is_packed(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=3, mask=True)
+    outlook = foresee(pairs, tile=32, overlap=4)
+    manifest = pack(pairs, str(tmp_path / "data"), tile=32, overlap=4, jobs=1).manifest
+    assert (outlook.num_images, outlook.widths, outlook.heights) == (3, (48, 48), (40, 40))
+    assert (outlook.num_samples, outlook.fields, outlook.codec) == (
+        manifest.num_samples,
+        manifest.fields,
+        manifest.codec,
+    )
+    assert outlook.source_bytes == sum(path.stat().st_size for pair in pairs for path in pair.files.values())
+
+
+def _odd_images(folder: Path) -> dict[str, np.ndarray]:
+    """One image of each kind in files of their own.   -> name -> (H, W, 3) uint8 as it should be read"""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 4), dtype=np.uint8)
+    color, gray, alpha = pixels[:, :, :3], pixels[:, :, 0], Image.fromarray(pixels, "RGBA")
+    smooth = Image.new("RGB", (32, 24), (200, 40, 90))
+    palette = smooth.quantize(4)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: rows are columns
+    folder.mkdir(parents=True)
+    Image.fromarray(color).save(folder / "rgb8.png")
+    Image.fromarray(gray).save(folder / "gray8.png")
+    Image.fromarray(gray.astype(np.uint16) * 256 + 77).save(folder / "gray16.png")
+    alpha.save(folder / "rgba.png")
+    palette.save(folder / "palette.png")
+    smooth.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    Image.fromarray(color).save(folder / "turned.png", exif=turned)
+    with Image.open(folder / "cmyk.jpg") as image:
+        cmyk = np.asarray(image.convert("RGB"))
+    as_rgb = np.repeat(gray[:, :, None], 3, axis=2)
+    return {
+        "rgb8": color,
+        "gray8": as_rgb,
+        "gray16": as_rgb,
+        "rgba": color,
+        "palette": np.asarray(palette.convert("RGB")),
+        "cmyk": cmyk,
+        "turned": np.rot90(color, -1),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"codec": "png"}, {"codec": "raw"}, {"tile": 16, "overlap": 3}], ids=str)
+def test_odd_kinds_of_images_come_back_as_plain_rgb(tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = _odd_images(tmp_path / "clean")
+    pack(find_clean(tmp_path / "clean"), str(tmp_path / "data"), jobs=1, **options)
+    dataset = Dataset(str(tmp_path / "data"))
+    found = {sample.name: sample.target for sample in map(dataset.whole, dataset.images())}
+    assert set(found) == set(expected)
+    for name, image in expected.items():
+        assert np.array_equal(found[name], image), name

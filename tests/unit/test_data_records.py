@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.decode import MAX_PIXELS, Window, decode_image
 from data_pipeline.errors import BadSample, ConfigError
-from data_pipeline.records import JPEG_QUALITY, MAX_PIXELS, decode_image, decode_images, encode_image
+from data_pipeline.records import JPEG_QUALITY, decode_member, encode_image
 from tests.support.datasets import random_image
 
 # Pillow warns of odd tags in the TIFF files that these tests damage.
@@ -177,12 +178,20 @@ def test_an_npy_header_cannot_allocate_or_execute() -> None:
 
 
 def test_an_image_of_another_size_than_the_index_says_is_bad() -> None:
-    members = {"input": encode_image(RGB, "png"), "target": encode_image(RGB[:8], "png")}
-    with pytest.raises(BadSample, match=r"k\.target\.png is 40x8, the index says 40x24"):
-        dict(decode_images("k", members, width=40, height=24))
+    with pytest.raises(BadSample, match=r"k\.target\.png: it is 40x8, the index says 40x24"):
+        decode_member("k", "target", encode_image(RGB[:8], "png"), shape=(24, 40))
 
 
 def test_a_bad_sample_names_its_member() -> None:
-    members = {"input": encode_image(RGB, "png"), "target": ("png", b"nothing")}
     with pytest.raises(BadSample, match=r"k\.target\.png: not a readable png image"):
-        dict(decode_images("k", members, width=40, height=24))
+        decode_member("k", "target", ("png", b"nothing"), shape=(24, 40))
+
+
+@pytest.mark.parametrize("codec", ["png", "webp", "raw"])
+def test_a_member_is_read_whole_or_by_window_images_in_colour_and_masks_in_gray(codec: str) -> None:
+    window = Window(3, 5, 7, 11)
+    for field, pixels in (("input", RGB), ("target", RGB), ("mask", MASK)):
+        member = encode_image(pixels, codec)
+        assert np.array_equal(decode_member("k", field, member, shape=(24, 40)), pixels)
+        part = decode_member("k", field, member, shape=(24, 40), window=window)
+        assert np.array_equal(part, pixels[3:10, 5:16])

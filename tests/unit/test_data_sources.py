@@ -1,4 +1,4 @@
-"""Pairs from folders and lists, and the one clear line for each mistake."""
+"""Samples from folders and lists, and the one clear line for each mistake."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_pipeline.errors import DataError
-from data_pipeline.records import KEY_PATTERN
-from data_pipeline.sources import find_pairs, make_key, read_pair_list
+from data_pipeline.errors import ConfigError, DataError
+from data_pipeline.records import KEY_PATTERN, make_key
+from data_pipeline.sources import find_clean, find_pairs, read_pair_list
+from rddm_dist.cli.data import find_samples
 from tests.support.datasets import make_folders
 
 POLYU = Path(__file__).resolve().parents[3] / "shared" / "data" / "polyu"
@@ -28,7 +29,7 @@ def test_images_pair_by_relative_name_whatever_the_extension(tmp_path: Path) -> 
     for name in ("a.bmp", "sub/a.png", "x1.5.tif"):
         _image(tmp_path / "out" / name)
     pairs = find_pairs(tmp_path / "in", tmp_path / "out")
-    assert [(pair.name, pair.input.name, pair.target.name) for pair in pairs] == [
+    assert [(pair.name, pair.files["input"].name, pair.target.name) for pair in pairs] == [
         ("a", "a.png", "a.bmp"),
         ("sub/a", "a.JPG", "a.png"),
         ("x1.5", "x1.5.webp", "x1.5.tif"),
@@ -56,6 +57,22 @@ def test_an_orphan_is_named_with_its_folder(tmp_path: Path, side: str, other: st
     message = str(caught.value)
     assert message.startswith(f"5 image(s) in --{side}") and f"--{other}" in message
     assert "orphan0.png, orphan1.png, orphan2.png and 2 more" in message and "\n" not in message
+
+
+def test_clean_images_are_targets_without_inputs(tmp_path: Path) -> None:
+    for name in ("b.png", "sub/a.JPG", ".hidden/c.png"):
+        _image(tmp_path / name)
+    pairs = find_clean(tmp_path)
+    assert [(pair.name, pair.target, pair.input, pair.mask) for pair in pairs] == [
+        ("b", tmp_path / "b.png", None, None),
+        ("sub/a", tmp_path / "sub" / "a.JPG", None, None),
+    ]
+    assert pairs[0].files == {"target": pairs[0].target} and pairs[0].first == pairs[0].target
+    with pytest.raises(DataError, match="--clean .*nowhere does not exist"):
+        find_clean(tmp_path / "nowhere")
+    _image(tmp_path / "b.jpg")
+    with pytest.raises(DataError, match="have one name, b"):
+        find_clean(tmp_path)
 
 
 def test_missing_and_empty_folders_are_named_with_their_flag(tmp_path: Path) -> None:
@@ -158,5 +175,53 @@ def test_the_polyu_list_is_understood_as_it_is() -> None:
     splits = {split: read_pair_list(POLYU / "pairs.tsv", split=split) for split in ("train", "test")}
     assert (len(splits["train"]), len(splits["test"])) == (73, 27)
     assert len(read_pair_list(POLYU / "pairs.tsv")) == 100
-    assert all(pair.input.parent.name == "noisy" and pair.target.parent.name == "clean" for pair in splits["train"])
+    assert all(
+        pair.files["input"].parent.name == "noisy" and pair.target.parent.name == "clean" for pair in splits["train"]
+    )
     assert splits["train"][0].key == "Canon5D2_5_160_3200_chair_11"
+
+
+NO_SOURCE: dict[str, Any] = {
+    "input": None,
+    "target": None,
+    "mask": None,
+    "list": None,
+    "root": None,
+    "layout": "",
+    "split": "",
+    "clean": None,
+}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "give --input and --target folders, --list FILE, --root FOLDER or --clean FOLDER"),
+        ({"input": "input"}, "give --input and --target folders"),
+        ({"list": "pairs.tsv", "clean": "target"}, "--list and --clean are different sources; give one of them"),
+        ({"root": ".", "input": "input"}, "--root and --input are different sources"),
+        ({"input": "input", "target": "target", "split": "train"}, "--split=train goes with --list or --root"),
+        ({"clean": "target", "split": "train"}, "--split=train goes with --list or --root"),
+        ({"clean": "target", "layout": "lol"}, "--layout=lol goes with --root"),
+    ],
+)
+def test_the_command_takes_one_kind_of_source(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    paths = {name: value if name in ("split", "layout") else tmp_path / value for name, value in options.items()}
+    with pytest.raises(ConfigError, match=message):
+        find_samples(**{**NO_SOURCE, **paths})
+
+
+def test_every_kind_of_source_reaches_the_command(tmp_path: Path) -> None:
+    input_dir, target_dir = make_folders(tmp_path / "our485", count=2)
+    table = tmp_path / "pairs.tsv"
+    table.write_text("photo_001.png\tphoto_001.png\n")
+    found = [
+        find_samples(**{**NO_SOURCE, "input": input_dir, "target": target_dir}),
+        find_samples(**{**NO_SOURCE, "list": table, "input": input_dir, "target": target_dir}),
+        find_samples(**{**NO_SOURCE, "clean": target_dir}),
+    ]
+    input_dir.rename(tmp_path / "our485" / "low")
+    target_dir.rename(tmp_path / "our485" / "high")
+    found.append(find_samples(**{**NO_SOURCE, "root": tmp_path, "split": "our485"}))
+    both = ["photo_000", "photo_001"]
+    assert [[pair.name for pair in pairs] for pairs in found] == [both, ["photo_001"], both, both]

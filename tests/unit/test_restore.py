@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError, ModelError
+from data_pipeline.preprocess import Preprocess, equalize, pad_bottom_right, resize
 from rddm_dist.config import Config
 from rddm_dist.diffusion.schedule import make_schedule
 from rddm_dist.evaluation.restore import Restorer, RestoreSettings, load_restorer, pad_to_multiple
@@ -29,9 +30,9 @@ def images(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def make_restorer(*, seed: int = 0, eta: float = 0.0) -> Restorer:
+def make_restorer(*, seed: int = 0, eta: float = 0.0, preprocess: Preprocess | None = None) -> Restorer:
     torch.manual_seed(0)
-    settings = RestoreSettings(objective="pred_res", steps=3, eta=eta, seed=seed)
+    settings = RestoreSettings(objective="pred_res", steps=3, eta=eta, seed=seed, preprocess=preprocess or Preprocess())
     return Restorer(make_net(CONFIG.model), make_schedule(num_timesteps=50, sum_scale=0.5), settings)
 
 
@@ -110,6 +111,39 @@ def test_a_mask_reaches_the_network() -> None:
     dark, light = restorer.restore(inputs, [0], mask), restorer.restore(inputs, [0], mask + 255)
     assert not np.array_equal(dark, light)
     assert np.array_equal(restorer.restore(inputs, [0], mask[..., None]), dark)
+
+
+def test_restoring_applies_the_preprocessing_of_training() -> None:
+    inputs, ids = images(2, 20, 28), [1, 2]
+    equalized = np.stack([equalize(image) for image in inputs])
+    got = make_restorer(preprocess=Preprocess(equalize=True)).restore(inputs, ids)
+    assert np.array_equal(got, make_restorer().restore(equalized, ids))
+    assert not np.array_equal(got, make_restorer().restore(inputs, ids))
+
+    padded = np.stack([pad_bottom_right(image, min_side=24, multiple=16) for image in inputs])
+    got = make_restorer(preprocess=Preprocess(pad_to=24, pad_multiple=16)).restore(inputs, ids)
+    assert got.shape == inputs.shape and padded.shape == (2, 32, 32, 3)
+    assert np.array_equal(got, make_restorer().restore(padded, ids)[:, :20, :28])
+
+    square = make_restorer(preprocess=Preprocess(resize=16))
+    got = square.restore(inputs, ids)
+    resized = np.stack([resize(image, 16) for image in inputs])
+    assert np.array_equal(got, make_restorer().restore(resized, ids))
+    assert np.array_equal(square.as_restored(inputs[0]), resized[0])
+    assert np.array_equal(make_restorer().as_restored(inputs[0]), inputs[0])
+    assert square.settings.describe()["preprocess"] == {
+        "pad_to": 0, "pad_multiple": 0, "equalize": False, "resize": 16
+    }  # fmt: skip
+
+
+def test_preprocessing_is_saved_with_the_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = CONFIG.model_dump(mode="json")
+    values["data"]["preprocess"]["equalize"] = True
+    save_safetensors(tmp_path / "model.safetensors", make_net(CONFIG.model).state_dict(), config=values)
+    loaded, inputs = load_restorer(tmp_path / "model.safetensors"), images(1, 16, 16)
+    assert loaded.settings.preprocess == Preprocess(equalize=True)
+    assert np.array_equal(loaded.restore(inputs, [1]), make_restorer().restore(equalize(inputs[0])[None], [1]))
 
 
 def test_a_network_that_yields_nan_is_reported() -> None:

@@ -1,0 +1,84 @@
+"""Packing from the command line and on Ray: the same bytes as in this process, one line for each end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.pack import pack
+from data_pipeline.pack_output import STAGING
+from data_pipeline.sources import find_pairs
+from tests.support.datasets import make_folders
+from tests.support.processes import RDDM, finish, kill_group, rddm, start
+from tests.support.servers import wait_until
+
+pytestmark = [pytest.mark.timeout(180)]
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in sorted(os.listdir(folder))}
+
+
+@pytest.mark.ray
+def test_ray_packs_the_same_bytes_and_tells_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One local Ray for both packs; the sources are given by relative paths, the workers stand elsewhere."""
+    from cluster.ray_session import ray_session
+    from rddm_dist.cli.data import pack_pairs
+
+    monkeypatch.chdir(tmp_path)
+    input_dir, target_dir = make_folders(Path("source"), count=12)
+    pairs = find_pairs(input_dir, target_dir)
+    pack(pairs, "here", shard_mb=0.02, codec="png", tile=32, overlap=4, jobs=1)
+    with ray_session(cpus=2):
+        result = pack_pairs(pairs, "on-ray", shard_mb=0.02, codec="png", seed=0, jobs=2, ray=True, tile=32, overlap=4)
+        assert not result.reused and len(result.manifest.shards) > 2
+        pairs[3].target.write_bytes(b"no image")
+        with pytest.raises(DataError, match=r"target/photo_003\.png cannot be used"):
+            pack_pairs(pairs, "bad", shard_mb=0.02, codec="png", seed=0, jobs=2, ray=True)
+    assert _content(Path("on-ray")) == _content(Path("here"))
+    assert not Path("bad").exists()
+    output = capfd.readouterr()
+    assert "pack 12/12" in output.out and "packed on-ray: 48 tiles" in output.out
+    assert "Traceback" not in output.out + output.err
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    make_folders(tmp_path / "source", count=24, size=(144, 144))
+    command = (
+        "pack", "--input", "source/input", "--target", "source/target", "--codec", "webp", "--shard-mb", "0.001",
+        "--jobs", "2", "--out",
+    )  # fmt: skip
+    process = start([*RDDM, *command, "data"], cwd=tmp_path)
+    try:
+        wait_until(lambda: len(list((tmp_path / "data" / STAGING).glob("shard-*.json"))) >= 2, timeout_s=60)
+        process.send_signal(signal.SIGINT)
+        stopped = finish(process, timeout_s=30)
+    finally:
+        kill_group(process)
+    assert stopped.code == 75, stopped.text
+    assert stopped.stderr == "warning: what is finished of data is kept; the same command goes on from there\n"
+    kept = {path.stem for path in (tmp_path / "data" / STAGING).glob("shard-*.json")}
+    times = {name: (tmp_path / "data" / STAGING / f"{name}.tar").stat().st_mtime_ns for name in kept}
+    again = rddm(*command, "data", cwd=tmp_path)
+    assert again.code == 0 and "packed data: 24 pairs in 24 shard(s)" in again.stdout, again.text
+    assert {name for name in kept if (tmp_path / "data" / f"{name}.tar").stat().st_mtime_ns == times[name]} == kept
+    reused = rddm(*command, "data", cwd=tmp_path)
+    assert reused.code == 0 and "reused data: 24 pairs" in reused.stdout, reused.text
+
+
+def test_a_dry_run_says_what_would_be_packed_and_writes_nothing(tmp_path: Path) -> None:
+    _, target_dir = make_folders(tmp_path / "source", count=5)
+    result = rddm(
+        "pack", "--clean", str(target_dir), "--degrade", "noise(sigma=25)", "--tile", "32", "--out", "data",
+        "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.code == 0 and not (tmp_path / "data").exists(), result.text
+    assert "would pack 5 pairs in 20 tiles into data; nothing was written" in result.stdout
+    assert "fields input, target; codec png" in result.stdout
+    assert "48x40 to 48x40 pixels; first names: photo_000, photo_001, photo_002" in result.stdout
