@@ -1,4 +1,4 @@
-"""`rddm doctor`: is this machine fit to train, and what to mend."""
+"""`rddm doctor`: is this machine fit to train, and what to mend; `rddm doctor data`: is this dataset sound."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rddm_dist.cli.progress import say
+from rddm_dist.cli.dataset import check_output, write_output
+from rddm_dist.cli.progress import ProgressBar, say
+
+if TYPE_CHECKING:
+    from data_pipeline.doctor import Diagnosis
 
 PACKAGES = ("torch", "deepspeed", "ray", "mlflow", "webdataset", "torchmetrics", "pydantic", "safetensors")
 MIN_FREE_GB = 5.0
+SHOWN = 4  # findings of a kind on the console
+EXIT_NOT_SOUND = 3
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,21 @@ class Finding:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: rddm doctor")(doctor)
+    group = typer.Typer(
+        invoke_without_command=True, epilog="Example: rddm doctor; for a dataset: rddm doctor data data/train"
+    )
+    group.callback()(doctor)
+    group.command("data", epilog="Example: rddm doctor data data/test --against data/train")(doctor_data)
+    app.add_typer(group, name="doctor")
 
 
 def doctor(
+    context: typer.Context,
     storage: Annotated[str, typer.Option(help="Folder where runs would be kept")] = "runs",
 ) -> int:
-    """Check this machine: versions, compiler, devices, disk; say what to fix."""
+    """Check this machine: versions, compiler, devices, disk; say what to fix. Or check a dataset."""
+    if context.invoked_subcommand is not None:
+        return 0
     findings = [*_check_versions(), *_check_compiler(), *_check_devices(), *_check_disk(storage)]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -46,6 +62,53 @@ def doctor(
     problems = sum(1 for finding in findings if finding.remedy)
     say(f"{problems} thing(s) to fix" if problems else "ready to train")
     return 2 if problems else 0
+
+
+def doctor_data(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Folder or URL of a packed dataset")],
+    against: Annotated[str, typer.Option(help="A dataset that must not show the same pictures")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A sample of the images, no shard hashes")] = False,
+    out: Annotated[str, typer.Option(help="HTML page to write")] = "doctor.html",
+    jobs: Annotated[int, typer.Option(help="Threads; 0: one per core", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="Images to look at; 0: all, with --quick 200", min=0)] = 0,
+) -> int:
+    """Check a dataset: files, images, duplicates, leaks, suspicious pairs. Exit code 3 when it is not sound."""
+    from data_pipeline.doctor import diagnose
+    from data_pipeline.doctor_page import render
+
+    check_output(out)
+    with ExitStack() as stack:
+        bars: list[ProgressBar] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(ProgressBar("examine", total)))
+            bars[0].update(done)
+
+        diagnosis = diagnose(uri, other_uri=against, is_quick=quick, limit=limit, jobs=jobs, progress=advance)
+    command = ["rddm", "doctor", "data", uri, *(["--quick"] if quick else [])]
+    for flag, value in (("--against", against), ("--limit", str(limit or "")), ("--out", out)):
+        command += [flag, value] if value else []
+    write_output(out, render(diagnosis, command=shlex.join(command)).encode())
+    tell(diagnosis)
+    say(f"page: {out}")
+    return 0 if diagnosis.is_sound else EXIT_NOT_SOUND
+
+
+def tell(diagnosis: Diagnosis) -> None:
+    """The verdict in a few lines: kinds, counts, the first of each."""
+    from data_pipeline.doctor_checks import KINDS
+
+    for kind, found in diagnosis.by_kind().items():
+        about = KINDS[kind]
+        say(f"{about.severity.upper():<8} {about.title}: {len(found)}")
+        for finding in found[:SHOWN]:
+            say(f"           {finding.line}")
+        if len(found) > SHOWN:
+            say(f"           and {len(found) - SHOWN} more")
+    verdict = "is sound" if diagnosis.is_sound else "is NOT sound"
+    looked_at = f"{len(diagnosis.subject.entries)} of {diagnosis.subject.num_images} image(s) looked at"
+    say(f"{diagnosis.subject.uri} {verdict}: {looked_at}, {len(diagnosis.manifest.shards)} shard(s)")
 
 
 def _check_versions() -> Iterator[Finding]:

@@ -11,18 +11,31 @@ import pytest
 from rddm_dist.cli.main import app
 from tests.support.processes import rddm, run
 
-COMMANDS = ["pack", "train", "evaluate", "restore", "register", "doctor", "demo"]
+COMMANDS = [
+    "pack",
+    "index",
+    "data show",
+    "data stats",
+    "train",
+    "evaluate",
+    "restore",
+    "register",
+    "doctor data",
+    "demo",
+]
 
 
 def test_these_are_all_the_commands() -> None:
-    assert sorted(info.name or info.callback.__name__ for info in app.registered_commands if info.callback) == sorted(
-        COMMANDS
-    )
+    found = []
+    for prefix, group in (("", app), *((f"{info.name} ", info.typer_instance) for info in app.registered_groups)):
+        assert group is not None
+        found += [prefix + (info.name or info.callback.__name__) for info in group.registered_commands if info.callback]
+    assert sorted(found) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_shows_an_example(command: str, tmp_path: Path) -> None:
-    result = rddm(command, "--help", cwd=tmp_path)
+    result = rddm(*command.split(), "--help", cwd=tmp_path)
     assert result.code == 0
     assert f"Example: rddm {command}" in re.sub(r"\s+", " ", result.stdout)
     assert len(result.stdout.splitlines()) <= 40
