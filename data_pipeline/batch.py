@@ -11,11 +11,13 @@ from torch import Tensor
 class Replaced:
     """A sample that could not be read, and the row it should have filled.
 
-    position: of the row in the run; dataset: index among the run's datasets.
+    position: of the row in the run; dataset: index among the run's datasets; shard_index, offset: its place in it.
     """
 
     position: int
     dataset: int
+    shard_index: int
+    offset: int
     key: str
     reason: str
 

@@ -144,12 +144,17 @@ class Link:
         most = {name: value.high for name, value in zip(names, self.values, strict=True) if isinstance(value, Span)}
         return KINDS[self.kind].reach(most)
 
-    def apply(self, images: Tensor, *, seed: int, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Degrade.   images: (B, H, W, 3) float32; ids: (B,) int64  ->  the same, and (B, H, W) uint8 masks if any"""
+    def apply(self, images: Tensor, *, seed: int, ids: Tensor, margin: int) -> tuple[Tensor, Tensor | None]:
+        """Degrade.   images: (B, H, W, 3) float32; ids: (B,) int64  ->  the same, and (B, H, W) uint8 masks if any
+
+        margin: pixels of context on each side, which get no holes.
+        """
         kind = KINDS[self.kind]
         values = self._draw(seed, ids)
         if "mask" in values:
-            holes = make_masks(values.pop("mask"), seed=seed, ids=ids, height=images.shape[1], width=images.shape[2])
+            height, width = images.shape[1] - 2 * margin, images.shape[2] - 2 * margin
+            holes = make_masks(values.pop("mask"), seed=seed, ids=ids, height=height, width=width)
+            holes = torch.nn.functional.pad(holes, (margin,) * 4)
             return kind.function(images, holes, **values), holes
         counters = {"seed": seed, "ids": ids} if kind.is_random else {}
         return kind.function(images, **values, **counters), None
@@ -189,23 +194,36 @@ class Degradation:
         """Pixels of context that a window needs on each side, to look like a window of the degraded whole."""
         return sum(link.reach for link in self.links)
 
-    def apply(self, images: np.ndarray, *, seed: int, ids: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    def apply(
+        self, images: np.ndarray, *, seed: int, ids: np.ndarray | Tensor, margin: int = 0
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Degrade a batch.   images: (B, H, W, 3) uint8; ids: (B,) int64, what a row's random numbers belong to
         ->  inputs (B, H, W, 3) uint8, and masks (B, H, W, 1) uint8, 255 in the holes of any link, None without
 
+        margin: pixels on each side that are only context, `reach` or more of them for windows; results come without.
         A row depends on (seed, its id, its pixels) alone. Values are clipped and rounded once, after the last link.
         Raises DataError where the images are too small for a mask.
         """
         ids = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids, np.int64))
         pixels, masks = degrade.to_images(images), None
         for index, link in enumerate(self.links):
+            # Context goes as soon as no later link looks at it: random numbers are drawn for windows, not for margins.
+            needed = min(sum(later.reach for later in self.links[index:]), margin)
+            pixels, masks = _trim(pixels, margin - needed), None if masks is None else _trim(masks, margin - needed)
+            margin = needed
             # A kind's first link draws as if it were alone; a second one has counters of its own.
             is_first = all(link.kind != earlier.kind for earlier in self.links[:index])
             link_seed = seed if is_first else mix_seed(seed, "degradation", index)
-            pixels, holes = link.apply(pixels, seed=link_seed, ids=ids)
+            pixels, holes = link.apply(pixels, seed=link_seed, ids=ids, margin=margin)
             if holes is not None:
                 masks = holes if masks is None else torch.maximum(masks, holes)
-        return degrade.to_pixels(pixels).numpy(), None if masks is None else masks[..., None].numpy()
+        inputs = degrade.to_pixels(_trim(pixels, margin)).numpy()
+        return inputs, None if masks is None else _trim(masks, margin)[..., None].numpy()
+
+
+def _trim(images: Tensor, margin: int) -> Tensor:
+    """(B, H, W, ...) without `margin` pixels on each side"""
+    return images[:, margin : images.shape[1] - margin, margin : images.shape[2] - margin] if margin else images
 
 
 def parse_degradation(text: str) -> Degradation:

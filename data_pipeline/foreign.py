@@ -381,7 +381,7 @@ def _finish(uri: str, tar: _Tar, *, settings: str, prefixed: bool) -> tuple[Shar
     widths, heights = [entry.width for entry in entries], [entry.height for entry in entries]
     digest = hashlib.sha256(index).hexdigest()
     sides = min(widths), max(widths), min(heights), max(heights)
-    shard = ShardInfo(tar.name, len(entries), tar.bytes, scan.sha256, digest, *sides)
+    shard = ShardInfo(tar.name, len(entries), tar.bytes, scan.sha256, len(index), digest, *sides)
     is_there = _read(uri, shard.index_name) == index
     if not is_there:
         _write(uri, shard.index_name, index)

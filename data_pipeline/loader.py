@@ -210,7 +210,7 @@ class TrainLoader:
                 return chunk.result(timeout=patience_s)
             except TimeoutError:
                 if chunk.done():
-                    raise  # the read's own
+                    return chunk.result()
                 reads = storage.in_flight()
                 oldest = f"{reads[0].what} ({time.monotonic() - reads[0].started:.0f} s)" if reads else "decoding"
                 log.warning(
@@ -258,7 +258,7 @@ class TrainLoader:
     def _start(self, plan: _StepPlan, size: int) -> _Pending:
         images = self._reader.allocate(self._share.rows, plan.crop)
         count = len(plan.rows)
-        chunk_rows = min(CHUNK_ROWS, -(-count // self._pace.threads))
+        chunk_rows = self._reader.chunk_rows(plan.crop, most=min(CHUNK_ROWS, -(-count // self._pace.threads)))
         chunks = []
         for start in range(0, count, chunk_rows):
             own = slice(start, min(start + chunk_rows, count))

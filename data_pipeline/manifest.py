@@ -16,6 +16,7 @@ from data_pipeline import storage
 from data_pipeline.decode import MAX_SIDE
 from data_pipeline.errors import DataError
 from data_pipeline.records import FIELDS
+from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -25,12 +26,13 @@ FIELD_SETS = (FIELDS[:2], FIELDS, ("target",))  # pairs, pairs with masks, clean
 
 
 class ShardInfo(NamedTuple):
-    """A shard: file name, samples, bytes and sha256 of the tar, sha256 of the index beside it, sizes in pixels."""
+    """A shard: file name, samples, bytes and sha256 of the tar and of the index beside it, sizes in pixels."""
 
     name: str
     count: int  # type: ignore[assignment]  # hides tuple.count
     bytes: int
     sha256: str
+    index_bytes: int
     index_sha256: str
     min_width: int
     max_width: int
@@ -101,7 +103,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 over the shards and their indexes: two datasets with one fingerprint hold the same samples in the same
         places."""
-        names = ("name", "count", "bytes", "sha256", "index_sha256")
+        names = ("name", "count", "bytes", "sha256", "index_bytes", "index_sha256")
         return hashlib.sha256(json.dumps([self.shards.column(name) for name in names]).encode()).hexdigest()
 
     @cached_property
@@ -121,19 +123,19 @@ class Manifest:
     def has_mask(self) -> bool:
         return "mask" in self.fields
 
-    @property
+    @cached_property
     def min_width(self) -> int:
         return int(min(self.shards.column("min_width")))
 
-    @property
+    @cached_property
     def max_width(self) -> int:
         return int(max(self.shards.column("max_width")))
 
-    @property
+    @cached_property
     def min_height(self) -> int:
         return int(min(self.shards.column("min_height")))
 
-    @property
+    @cached_property
     def max_height(self) -> int:
         return int(max(self.shards.column("max_height")))
 
@@ -162,11 +164,11 @@ class Manifest:
         storage.write_bytes_atomic(storage.join(uri, MANIFEST_NAME), self.to_json())
 
     @staticmethod
-    def load(uri: str) -> Manifest:
+    def load(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Manifest:
         """The manifest of the dataset in folder `uri`. Raises DataError when there is none or a damaged one."""
         source = storage.join(uri, MANIFEST_NAME)
         try:
-            data = storage.read_bytes(source)
+            data = storage.read_bytes(source, retry=retry)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise DataError(
                 f"{uri} is no packed dataset: it holds no {MANIFEST_NAME}; give the folder that `rddm pack --out` or "
@@ -236,7 +238,7 @@ def _check_columns(columns: Any) -> None:
     if len(set(columns["name"])) != len(columns["name"]):
         raise ValueError("two shards of one name")
     for name in set(ShardInfo._fields) - {"name", "sha256", "index_sha256"}:
-        high = MAX_SIDE if "_" in name else 2**53
+        high = MAX_SIDE if name.startswith(("min_", "max_")) else 2**53
         if not all(type(value) is int and 1 <= value <= high for value in columns[name]):
             raise ValueError(f"bad value of {name}")
     if sum(columns["count"]) > 2**53:

@@ -284,6 +284,7 @@ def _describe(name: str, written: WrittenShard) -> ShardInfo:
         count=len(written.entries),
         bytes=written.bytes,
         sha256=written.sha256,
+        index_bytes=len(written.index),
         index_sha256=digest(written.index),
         min_width=min(widths),
         max_width=max(widths),

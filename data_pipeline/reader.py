@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,14 +18,19 @@ from data_pipeline.cache import NodeCache
 from data_pipeline.decode import Window
 from data_pipeline.errors import BadSample, DataError, EnvironmentFault
 from data_pipeline.index import Entry, ShardIndex, Tile, parse_index
-from data_pipeline.manifest import Manifest, ShardInfo
+from data_pipeline.manifest import Manifest
 from data_pipeline.records import Sample, decode_member, make_key
 from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy
 from data_pipeline.shards import read_members
 from data_pipeline.tiles import assemble
 
+log = logging.getLogger(__name__)
+
 OPEN_INDEXES = 64
+INDEX_LOCKS = 64
 EVICTIONS = 5
+
+Result = TypeVar("Result")
 
 
 class Place(NamedTuple):
@@ -57,10 +65,9 @@ class Dataset:
         retry: RetryPolicy = DEFAULT_RETRY,
         open_indexes: int = OPEN_INDEXES,
     ) -> None:
-        self.uri, self.manifest = uri, manifest or Manifest.load(uri)
+        self.uri, self.manifest = uri, manifest or Manifest.load(uri, retry=retry)
         self._cache, self._retry = cache, retry
-        # What comes over a network by ranges has no other check of its bytes.
-        self._check_bytes = cache is None and not storage.is_local(uri)
+        self._index_locks = [threading.Lock() for _ in range(INDEX_LOCKS)]
         self._index = lru_cache(maxsize=open_indexes)(self._load_index)
 
     @property
@@ -82,11 +89,13 @@ class Dataset:
     def warm(self, shard_index: int) -> None:
         """Bring a shard into the cache."""
         shard = self.manifest.shards[shard_index]
-        self._cached(storage.join(self.uri, shard.name), shard)
+        self._fetch(shard.name, shard.sha256, shard.bytes)
 
     def index(self, shard_index: int) -> ShardIndex:
         """The index of a shard, checked against manifest and shard. Raises DataError when they do not fit."""
-        return self._index(shard_index)
+        # Threads that miss the same index at once would each fetch it.
+        with self._index_locks[shard_index % len(self._index_locks)]:
+            return self._index(shard_index)
 
     def read(self, shard_index: int, entry: Entry, fields: Collection[str]) -> dict[str, tuple[str, bytes]]:
         """Encoded images of a sample.   -> field -> (extension, bytes)
@@ -97,15 +106,19 @@ class Dataset:
         tar = storage.join(self.uri, shard.name)
         try:
             if self._cache is None:
-                return read_members(tar, entry, fields, check=self._check_bytes, retry=self._retry)
-            for _ in range(EVICTIONS):
-                with contextlib.suppress(FileNotFoundError):  # evicted between fetching and opening
-                    return read_members(self._cached(tar, shard), entry, fields)
+                return read_members(tar, entry, fields, retry=self._retry)
+            try:
+                return self._use_copy(
+                    shard.name, shard.sha256, shard.bytes, lambda path: read_members(path, entry, fields)
+                )
+            except BadSample:
+                # The copy was right when it came, so it was damaged since: another one may do.
+                self._cache.discard(self._fetch(shard.name, shard.sha256, shard.bytes))
+                return self._use_copy(
+                    shard.name, shard.sha256, shard.bytes, lambda path: read_members(path, entry, fields)
+                )
         except OSError as error:
             raise DataError(f"{tar} cannot be read: {error}") from error
-        raise EnvironmentFault(
-            f"{tar} was evicted from the cache {EVICTIONS} times before it could be read; raise data.cache_gb"
-        )
 
     def sample(self, shard_index: int, offset: int) -> Sample:
         """The sample at a place, decoded whole; for a tile, the tile."""
@@ -116,13 +129,33 @@ class Dataset:
         return Sample(entry.key, entry.name, images.get("input"), images["target"], images.get("mask"))
 
     def entries(self) -> Iterator[tuple[Place, Entry]]:
-        """Every sample in the order of the shards. Reads indexes only, no image."""
+        """Every sample in the order of the shards. Reads all indexes, no image."""
         for shard_index in range(len(self.manifest.shards)):
             for offset, entry in enumerate(self._load_index(shard_index)):
                 yield Place(shard_index, offset), entry
 
+    def first(self, count: int) -> list[Sample]:
+        """The first samples as they are stored, in the order of the shards and by key inside them, to be looked at.
+
+        Those that cannot be read are passed over, with a warning. Reads no more shards than it needs.
+        """
+        samples: list[Sample] = []
+        for shard_index in range(len(self.manifest.shards)):
+            index = self.index(shard_index)
+            for offset in sorted(range(len(index)), key=index.keys.__getitem__):
+                if len(samples) == count:
+                    return samples
+                try:
+                    samples.append(self.sample(shard_index, offset))
+                except BadSample as error:
+                    log.warning("passed over: %s", error)
+        return samples
+
     def images(self) -> list[EvalEntry]:
-        """Every whole image, sorted by key; the tiles of an image make one entry with the key the image would have."""
+        """Every whole image, sorted by key; the tiles of an image make one entry with the key the image would have.
+
+        Reads all indexes, no image.
+        """
         if self.manifest.tiling is None:
             return sorted(EvalEntry(entry.key, entry.width, entry.height, (place,)) for place, entry in self.entries())
         tiles: dict[str, list[tuple[Tile, Place]]] = {}
@@ -151,21 +184,33 @@ class Dataset:
         name = parts[0][0].image if parts[0][0] is not None else parts[0][1].name
         return Sample(entry.key, name, images.get("input"), images["target"], images.get("mask"))
 
-    def _cached(self, uri: str, shard: ShardInfo) -> str:
+    def _fetch(self, name: str, sha256: str, size: int) -> Path:
+        """The node's copy of a file of the dataset."""
         assert self._cache is not None
-        return str(
-            self._cache.fetch(
-                uri, fingerprint=self.manifest.fingerprint, name=shard.name, sha256=shard.sha256, size=shard.bytes
-            )
+        uri, fingerprint = storage.join(self.uri, name), self.manifest.fingerprint
+        return self._cache.fetch(uri, fingerprint=fingerprint, name=name, sha256=sha256, size=size)
+
+    def _use_copy(self, name: str, sha256: str, size: int, use: Callable[[str], Result]) -> Result:
+        """What `use` makes of the path of the node's copy of a file, which may be evicted before it is opened."""
+        for _ in range(EVICTIONS):
+            path = self._fetch(name, sha256, size)
+            with contextlib.suppress(FileNotFoundError):
+                return use(str(path))
+        raise EnvironmentFault(
+            f"{storage.join(self.uri, name)} was evicted from the cache {EVICTIONS} times before it could be read; "
+            "raise data.cache_gb"
         )
 
     def _load_index(self, shard_index: int) -> ShardIndex:
         shard = self.manifest.shards[shard_index]
         source, tar = storage.join(self.uri, shard.index_name), storage.join(self.uri, shard.name)
         try:
-            data = storage.read_bytes(source, retry=self._retry)
-            # The cache checks what it fetches.
-            shard_bytes = shard.bytes if self._cache is not None else storage.size(tar, retry=self._retry)
+            if self._cache is not None:
+                data = self._use_copy(shard.index_name, shard.index_sha256, shard.index_bytes, storage.read_bytes)
+                shard_bytes = shard.bytes  # the cache checks what it fetches
+            else:
+                data = storage.read_range(source, 0, shard.index_bytes, retry=self._retry)
+                shard_bytes = storage.size(tar, retry=self._retry)
         except OSError as error:
             raise DataError(f"{self.uri} is incomplete: {shard.name} or its index cannot be read ({error})") from error
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 SUBSTITUTE_STRIDE = 7919
 MAX_SUBSTITUTES = 16
 CHANNELS = {"input": 3, "target": 3, "mask": 1}
+# What degrading may take per thread, and about what a pixel takes: float32 images with a few copies on the way.
+WORK_BYTES, WORK_BYTES_PER_PIXEL = 64 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,14 @@ class RowReader:
         fields = self._settings.outputs(self._manifests[0])
         return num_rows * height * width * sum(CHANNELS[name] for name in fields)
 
+    def chunk_rows(self, crop: int, *, most: int) -> int:
+        """Rows to fill at once: fewer where degradations need large windows around them."""
+        if self._settings.degrade is None:
+            return most
+        height, width = self._settings.shape(self._manifests, crop)
+        reach = self._reach if crop else 0
+        return max(1, min(most, WORK_BYTES // (WORK_BYTES_PER_PIXEL * (height + 2 * reach) * (width + 2 * reach))))
+
     def fetch(self, dataset: int, shard_index: int, offset: int) -> Fetched:
         """The encoded images of a sample. Raises BadSample, and DataError for a lost shard."""
         entry = self._datasets[dataset].index(shard_index)[offset]
@@ -181,11 +191,12 @@ class RowReader:
 
     def _degrade(self, images: Mapping[str, Tensor], targets: Tensor, positions: Tensor, *, reach: int) -> None:
         assert self._settings.degrade is not None
-        inputs, masks = self._settings.degrade.apply(targets.numpy(), seed=self._seed, ids=positions)
-        made = {"input": inputs, "target": targets.numpy(), **({} if masks is None else {"mask": masks})}
+        inputs, masks = self._settings.degrade.apply(targets.numpy(), seed=self._seed, ids=positions, margin=reach)
         height, width = images["target"].shape[1:3]
-        for name, array in made.items():
-            images[name].numpy()[:] = array[:, reach : reach + height, reach : reach + width]
+        images["input"].numpy()[:] = inputs
+        images["target"].numpy()[:] = targets.numpy()[:, reach : reach + height, reach : reach + width]
+        if masks is not None:
+            images["mask"].numpy()[:] = masks
 
     def _fill_row(
         self,
@@ -209,7 +220,7 @@ class RowReader:
                 return entry.key
             except BadSample as error:
                 key = self._datasets[row.dataset].index(shard_index)[offset].key
-                replaced.append(Replaced(row.position, row.dataset, key, str(error)))
+                replaced.append(Replaced(row.position, row.dataset, shard_index, offset, key, str(error)))
                 self._report(row.dataset, key, str(error))
         raise DataError(
             f"{self._datasets[row.dataset].uri}: {1 + MAX_SUBSTITUTES} samples in a row cannot be read, the last: "

@@ -91,12 +91,12 @@ def read_members(
     entry: Entry,
     fields: Collection[str] = FIELDS,
     *,
-    check: bool = False,
     retry: RetryPolicy = DEFAULT_RETRY,
 ) -> dict[str, tuple[str, bytes]]:
     """The images of a sample, in one read where they lie together.   -> field -> (extension, bytes)
 
-    check: compare the CRC-32 of what came with the index. Raises BadSample for what is cut short or differs.
+    The CRC-32 of what came is compared with the index, so that damage is noticed wherever the shard lies. Raises
+    BadSample for what is cut short or differs.
     """
     members = [member for member in entry.members if member.field in fields]
     first = min(member.start for member in members)
@@ -112,6 +112,6 @@ def read_members(
             raise BadSample(
                 f"{entry.key}.{member.field}.{extension}: {shard_uri} ends after {len(content)} of {member.size} bytes"
             )
-        if check and zlib.crc32(content) != member.crc32:
+        if zlib.crc32(content) != member.crc32:
             raise BadSample(f"{entry.key}.{member.field}.{extension}: its bytes in {shard_uri} are not those packed")
     return found

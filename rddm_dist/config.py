@@ -29,7 +29,7 @@ def _key(default: Any, key_class: str, description: str, **constraints: Any) -> 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -265,9 +265,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             else tuple(_absolute(uri) for uri in config.data.uri),
             "eval_uri": _absolute(config.data.eval_uri),
             "cache_dir": _absolute(config.data.cache_dir),
+            # One spelling for one meaning, so that a run is not refused for another.
+            "crop": config.data.crop_schedule if len(config.data.crop_schedule) > 1 else config.data.crop_schedule[0],
+            "degrade": _canonical_degradation(config.data.degrade),
         }
     )
     return config.model_copy(update={"run": run, "data": data})
+
+
+def _canonical_degradation(text: str) -> str:
+    if not text:
+        return text
+    from data_pipeline.degradations import parse_degradation  # torch comes with it
+
+    return parse_degradation(text).spec
 
 
 def _absolute(location: str) -> str:

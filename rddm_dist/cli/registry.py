@@ -59,6 +59,7 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
         "psnr": report["scores"]["psnr"]["mean"],
         "ssim": report["scores"]["ssim"]["mean"],
         "protocol": report["protocol"]["name"],
+        "size": report["protocol"]["size"],
         "data_fingerprint": report["data"]["fingerprint"],
         "images": len(report["images"]),
         "steps": report["sampler"]["steps"],

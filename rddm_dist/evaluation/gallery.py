@@ -36,7 +36,7 @@ def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: in
     Of more images those evenly spread from the lowest to the highest PSNR are taken. A file that is not the result of
     this evaluation (another sha256 than in the report) is left out.
     """
-    from data_pipeline.preprocess import resize
+    from data_pipeline.preprocess import Preprocess
     from data_pipeline.reader import Dataset
 
     kept = [row for row in report["images"] if (images_dir / f"{row['key']}.png").is_file()]
@@ -44,7 +44,7 @@ def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: in
         return []
     chosen = {row["key"]: row for row in _spread(kept, limit)}
     uri = report["data"]["uri"]
-    dataset = Dataset(uri)
+    dataset, preprocess = Dataset(uri), Preprocess(**report["sampler"]["preprocess"])
     images = []
     for entry in dataset.images():
         row = chosen.get(entry.key)
@@ -56,8 +56,8 @@ def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: in
         sample = dataset.whole(entry)
         assert sample.input is not None, "what was restored has an input"
         sides = [sample.input, sample.target]
-        if sides[0].shape != restored.shape:  # the model works on squares of one size
-            sides = [resize(side, restored.shape[0]) for side in sides]
+        if preprocess.resize:  # shown as they were scored
+            sides = [preprocess.apply(side, field="target") for side in sides]
         images.append(ReportImage(entry.key, sides[0], restored, sides[1]))
     return images
 

@@ -20,6 +20,7 @@ from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.model.net import RddmNet
 
 if TYPE_CHECKING:
+    from rddm_dist.config import Config
     from rddm_dist.loading import Model
 
 
@@ -108,12 +109,11 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, down), mode="reflect" if down < height else "replicate")
 
 
-def make_restorer(
-    model: Model, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
-) -> Restorer:
-    """A restorer for a loaded model; None takes the model's own sample.steps and sample.eta."""
-    config = model.config
-    settings = RestoreSettings(
+def restore_settings(
+    config: Config, *, steps: int | None = None, eta: float | None = None, seed: int = 0
+) -> RestoreSettings:
+    """How a model of this configuration is sampled; None takes its own sample.steps and sample.eta."""
+    return RestoreSettings(
         objective=config.diffusion.objective,
         steps=config.sample.steps if steps is None else steps,
         eta=config.sample.eta if eta is None else eta,
@@ -122,6 +122,13 @@ def make_restorer(
         time_input=config.diffusion.time_input,
         preprocess=Preprocess(**config.data.preprocess.model_dump()),
     )
+
+
+def make_restorer(
+    model: Model, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
+) -> Restorer:
+    """A restorer for a loaded model; None takes the model's own sample.steps and sample.eta."""
+    settings = restore_settings(model.config, steps=steps, eta=eta, seed=seed)
     return Restorer(model.net.to(device), model.schedule, settings)
 
 

@@ -64,24 +64,19 @@ def build_report(
 ) -> dict[str, Any]:
     """The object for report.json from the rows of all units, in any order; images that failed are listed apart."""
     from rddm_dist.config import identity_digest
-    from rddm_dist.evaluation.restore import RestoreSettings
+    from rddm_dist.evaluation.restore import restore_settings
 
     config = model.config
     scored = [row for row in rows if "error" not in row]
     failed = sorted((dict(row) for row in rows if "error" in row), key=lambda row: str(row["key"]))
     if failed and not scored:
         raise DataError(f"none of the {len(failed)} images can be read; the first: {failed[0]['error']}")
-    sampler = RestoreSettings(
-        objective=config.diffusion.objective,
-        steps=settings.steps,
-        eta=settings.eta,
-        seed=settings.seed,
-        clip_residual=config.diffusion.residual_clip,
-        time_input=config.diffusion.time_input,
-    )
+    sampler = restore_settings(config, steps=settings.steps, eta=settings.eta, seed=settings.seed)
+    side = sampler.preprocess.resize
+    protocol = {**get_protocol(settings.protocol).describe(), **({"size": f"resized to {side}x{side}"} if side else {})}
     return {
         "format_version": FORMAT_VERSION,
-        "protocol": get_protocol(settings.protocol).describe(),
+        "protocol": protocol,
         "scores": summarize_rows(scored),
         "model": {
             "path": str(model.path),

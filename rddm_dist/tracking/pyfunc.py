@@ -25,7 +25,8 @@ class _Restoring:
         self._model = load_model(context.artifacts["weights"])
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]
-        """model_input: (B, H, W, 3) uint8; params: steps, eta, seed (defaults in the signature)  ->  the same shape.
+        """model_input: (B, H, W, 3) uint8; params: steps, eta, seed (defaults in the signature)  ->  the same shape,
+        or the squares that a model with data.preprocess.resize works on.
 
         An image's noise follows from its pixels, so the result does not depend on what else is in the batch.
         """

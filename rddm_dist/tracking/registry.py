@@ -27,7 +27,7 @@ CHAMPION = "champion"
 EXPERIMENT = "rddm"  # of versions that belong to no run
 WEIGHTS_TAG, SCORE_TAG = "rddm.weights_digest", "rddm.score."
 # Two scores are comparable when these agree.
-COMPARED = ("protocol", "data_fingerprint", "images")
+COMPARED = ("protocol", "size", "data_fingerprint", "images")
 REQUIREMENTS = ("rddm-dist", "torch", "numpy", "safetensors", "pydantic", "PyYAML", "mlflow")
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 

@@ -85,7 +85,8 @@ def find_data(config: Config) -> TrainData:
         raise ConfigError(
             "data.uri is not set; give the dataset that `rddm pack` wrote, for example data.uri=data/train"
         )
-    manifests = tuple(Manifest.load(uri) for uri in data.uris)
+    retry = RetryPolicy(deadline_s=data.read_deadline_s)
+    manifests = tuple(Manifest.load(uri, retry=retry) for uri in data.uris)
     rows = row_settings(data)
     rows.check(data.uris, manifests)
     weights = data.weights or tuple(float(manifest.num_samples) for manifest in manifests)
@@ -96,7 +97,14 @@ def find_data(config: Config) -> TrainData:
         raise ConfigError(f"data.lanes={data.lanes} is for a single dataset; leave it at 0 with several in data.uri")
     else:
         lanes = choose_mixture_lanes(num_shards, weights=weights, global_batch=global_batch)
-    return TrainData(data.uris, manifests, weights, lanes, rows, int(data.cache_gb * 1e9))
+    cache_bytes = int(data.cache_gb * 1e9)
+    largest = max(size for manifest in manifests for size in manifest.shards.column("bytes"))
+    if 0 < cache_bytes < largest:
+        raise ConfigError(
+            f"data.cache_gb={data.cache_gb:g} holds no shard of {largest / 1e9:.3g} GB; raise it, or set it to 0 for "
+            "range reads"
+        )
+    return TrainData(data.uris, manifests, weights, lanes, rows, cache_bytes)
 
 
 def row_settings(data: DataSection) -> RowSettings:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.batch import Batch, Replaced
-from data_pipeline.errors import TrainingFault
+from data_pipeline.errors import DataError, TrainingFault
 from rddm_dist.config import Config
 from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.training.ema import Ema
@@ -57,13 +57,13 @@ class Actions:
     """What the loop does besides stepping. Every worker calls each at the same step.
 
     log(step, metrics); preview(step) -> metrics; save(step); quarantine(step, this worker's bad samples) -> how many
-    the run has met.
+    the run has met, and what to say where they are too many.
     """
 
     log: Callable[[int, dict[str, Any]], None]
     preview: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
-    quarantine: Callable[[int, Sequence[Replaced]], int]
+    quarantine: Callable[[int, Sequence[Replaced]], tuple[int, str]]
 
 
 def run_loop(
@@ -78,10 +78,13 @@ def run_loop(
 ) -> tuple[int, bool]:
     """Train until `train.steps` or a stop request.   -> (last finished step, whether the run is complete)
 
-    Raises TrainingFault on a non-finite loss, on every worker, before the weights are touched.
+    Raises TrainingFault on a non-finite loss, on every worker, before the weights are touched, and DataError, after
+    saving, where more samples are bad than data.bad_sample_budget allows.
     """
     train, meter, stream = config.train, Meter(), iter(batches)
-    num_bad = actions.quarantine(0, ())
+    num_bad, excess = actions.quarantine(0, ())
+    if excess:
+        raise DataError(excess)
     while True:
         batch = meter.wait_for(stream)
         step = batch.step + 1
@@ -101,10 +104,13 @@ def run_loop(
                 f"the loss is not finite at step {step} (samples {first} to {first + train.global_batch - 1} of the "
                 "run); nothing was updated; lower optim.lr, or engine.precision=fp32"
             )
-        if result.has_bad_samples:
-            num_bad = actions.quarantine(step, batch.replaced)
         ema.update(step, config.ema)
         meter.add(result.loss, train.global_batch)
+        if result.has_bad_samples:
+            num_bad, excess = actions.quarantine(step, batch.replaced)
+            if excess:
+                actions.save(step)
+                raise DataError(excess)
         is_last = step >= train.steps
         is_end = is_last or result.must_stop
         if is_end or step % train.log_every == 0:

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.manifest import Manifest
+from data_pipeline.retry import RetryPolicy
 from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
 from rddm_dist.diffusion.sampler import check_sampling
 from rddm_dist.factory import make_schedule
@@ -59,7 +59,8 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     data = find_data(config)
     _check_images(config, data)
     if config.data.eval_uri:
-        _check_preview(config, config.data.eval_uri, Manifest.load(config.data.eval_uri))
+        retry = RetryPolicy(deadline_s=config.data.read_deadline_s)
+        _check_preview(config, data, Manifest.load(config.data.eval_uri, retry=retry))
     check_sampling(
         make_schedule(config.diffusion),
         objective=config.diffusion.objective,
@@ -93,17 +94,17 @@ def _check_images(config: Config, data: TrainData) -> None:
                 f"data.preprocess.pad_multiple={multiple}"
             )
     if config.model.condition == "input_mask" and not data.has_mask:
+        way = "add inpaint(...) to data.degrade" if config.data.degrade else "pack with --mask"
         raise ConfigError(
-            f"model.condition=input_mask needs masks, {data.uris[0]} gives none; pack with --mask or use input"
+            f"model.condition=input_mask needs masks, {data.uris[0]} gives none; {way} or use model.condition=input"
         )
 
 
-def _check_preview(config: Config, uri: str, manifest: Manifest) -> None:
-    degradation = parse_degradation(config.data.degrade) if config.data.degrade else None
-    if not manifest.has_input and degradation is None:
+def _check_preview(config: Config, data: TrainData, manifest: Manifest) -> None:
+    uri = config.data.eval_uri
+    if not manifest.has_input and not config.data.degrade:
         raise ConfigError(f"data.eval_uri={uri} holds clean images only; set data.degrade, or pack pairs")
-    makes_mask = degradation is not None and degradation.has_mask and not manifest.has_input
-    if config.model.condition == "input_mask" and not (manifest.has_mask or makes_mask):
+    if config.model.condition == "input_mask" and "mask" not in data.rows.outputs(manifest):
         raise ConfigError(f"model.condition=input_mask needs masks, data.eval_uri={uri} has none; pack with --mask")
 
 
@@ -127,8 +128,7 @@ def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
     lanes = list(prepared.data.lanes)
     if identity["lanes"] != lanes:
         raise ConfigError(
-            f"{run_dir} was started with {identity['lanes']} lanes, now {lanes} would be chosen; set "
-            f"data.lanes={identity['lanes'][0]}"
+            f"{run_dir} was started with {identity['lanes']} lanes, now {lanes} would be chosen; give back data.lanes"
         )
     return tuple(differences(earlier, config, EXTENDABLE))
 

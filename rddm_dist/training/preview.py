@@ -10,30 +10,38 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.degradations import parse_degradation
+from data_pipeline.errors import DataError
+from data_pipeline.preprocess import Preprocess
 from data_pipeline.reader import Dataset
 from data_pipeline.records import Sample
+from data_pipeline.retry import RetryPolicy
 from data_pipeline.rng import stable_id
 from rddm_dist.config import Config
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
-from rddm_dist.evaluation.restore import Restorer, RestoreSettings
+from rddm_dist.evaluation.restore import Restorer, restore_settings
 from rddm_dist.factory import make_net, make_schedule
 from rddm_dist.training.data import make_preprocess
 from rddm_dist.training.prepare import Prepared
 
 
 class Preview:
-    """The first keys of the evaluation data (else of the training data), cut to their centre, kept in memory."""
+    """The first readable samples of the evaluation data (else of the training data), made as training makes them.
+
+    Cut to their centre and kept in memory.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._config = prepared.config
-        config = prepared.config
-        dataset = Dataset(config.data.eval_uri or config.data.uris[0])
-        entries = dataset.images()[: config.sample.images]
-        size = min(config.sample.size, *(side for entry in entries for side in (entry.width, entry.height)))
-        samples = [_complete(dataset.whole(entry), config) for entry in entries]
+        config = self._config = prepared.config
+        uri = config.data.eval_uri or config.data.uris[0]
+        dataset = Dataset(uri, retry=RetryPolicy(deadline_s=config.data.read_deadline_s))
+        samples = [_prepare(sample, config) for sample in dataset.first(config.sample.images)]
+        if not samples:
+            raise DataError(f"no sample of {uri} can be read; look at it with rddm doctor data")
+        size = min(config.sample.size, *(side for sample in samples for side in sample.target.shape[:2]))
         self._ids = [stable_id(sample.key) for sample in samples]
         self._inputs = np.stack([_center(sample.input, size) for sample in samples if sample.input is not None])
         self._targets = np.stack([_center(sample.target, size) for sample in samples])
+        self._input_psnr = _mean_psnr(self._inputs, self._targets)
         masks = [_center(sample.mask, size) for sample in samples if sample.mask is not None]
         self._masks = np.stack(masks) if masks else None
 
@@ -42,31 +50,27 @@ class Preview:
         config = self._config
         net = make_net(config.model)
         net.load_state_dict(state)
-        settings = RestoreSettings(
-            objective=config.diffusion.objective,
-            steps=config.sample.steps,
-            eta=config.sample.eta,
-            clip_residual=config.diffusion.residual_clip,
-            time_input=config.diffusion.time_input,
-            preprocess=make_preprocess(config.data),
+        # The images are preprocessed already: whole, and then cut.
+        settings = replace(restore_settings(config), preprocess=Preprocess())
+        restored = Restorer(net, make_schedule(config.diffusion), settings).restore(
+            self._inputs, self._ids, self._masks
         )
-        restorer = Restorer(net, make_schedule(config.diffusion), settings)
-        restored = restorer.restore(self._inputs, self._ids, self._masks)
-        inputs, targets = (
-            np.stack([restorer.as_restored(image) for image in images]) for images in (self._inputs, self._targets)
-        )
-        rows = [np.concatenate(row, axis=1) for row in zip(inputs, restored, targets, strict=True)]
-        metrics = {"preview/psnr": _mean_psnr(restored, targets), "preview/input_psnr": _mean_psnr(inputs, targets)}
+        rows = [np.concatenate(row, axis=1) for row in zip(self._inputs, restored, self._targets, strict=True)]
+        metrics = {"preview/psnr": _mean_psnr(restored, self._targets), "preview/input_psnr": self._input_psnr}
         return metrics, Image.fromarray(np.concatenate(rows, axis=0))
 
 
-def _complete(sample: Sample, config: Config) -> Sample:
-    """The sample as pairs are made in training: a clean image gets an input, drawn by its key."""
-    if sample.input is not None:
-        return sample
-    ids = torch.tensor([stable_id(sample.key)])
-    inputs, masks = parse_degradation(config.data.degrade).apply(sample.target[None], seed=config.train.seed, ids=ids)
-    return replace(sample, input=inputs[0], mask=None if masks is None else masks[0])
+def _prepare(sample: Sample, config: Config) -> Sample:
+    """The sample as training sees it: preprocessed whole; with data.degrade, its input made from the target by key."""
+    preprocess = make_preprocess(config.data)
+    target = preprocess.apply(sample.target, field="target")
+    if config.data.degrade:
+        ids = torch.tensor([stable_id(sample.key)])
+        inputs, masks = parse_degradation(config.data.degrade).apply(target[None], seed=config.train.seed, ids=ids)
+        return replace(sample, input=inputs[0], target=target, mask=None if masks is None else masks[0])
+    assert sample.input is not None, "checked when the run was prepared"
+    mask = None if sample.mask is None else preprocess.apply(sample.mask, field="mask")
+    return replace(sample, input=preprocess.apply(sample.input, field="input"), target=target, mask=mask)
 
 
 def _mean_psnr(images: np.ndarray, targets: np.ndarray) -> float:

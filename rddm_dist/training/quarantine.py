@@ -5,50 +5,88 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.batch import Replaced
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadSample, DataError
+from data_pipeline.reader import Dataset
+from data_pipeline.retry import RetryPolicy
 from rddm_dist import comm
 from rddm_dist.training.prepare import QUARANTINE_FILE, Prepared
 
 LISTED = 10
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A line of the file. fingerprint, shard_index, offset, key: the sample, wherever its dataset lies; data: where it
+    lay then; step, position: where the run met it."""
+
+    fingerprint: str
+    shard_index: int
+    offset: int
+    key: str
+    reason: str
+    data: str
+    step: int
+    position: int
+
+    @property
+    def sample(self) -> tuple[str, str]:
+        return self.fingerprint, self.key
+
+
 class Quarantine:
-    """The bad samples this run has met, over all its starts. Rank 0 keeps the file."""
+    """The bad samples this run has met, over all its starts. Rank 0 keeps the file.
+
+    `count`: how many; `excess`: what to say where they are more than the budget allows, else empty. Both are known to
+    every worker.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._path = prepared.run_dir / QUARANTINE_FILE
-        self._uris = prepared.data.uris
-        self._budget, self._num_samples = prepared.config.data.bad_sample_budget, prepared.data.num_samples
+        self._data, self._budget = prepared.data, prepared.config.data.bad_sample_budget
+        self._retry = RetryPolicy(deadline_s=prepared.config.data.read_deadline_s)
+        self._known: dict[tuple[str, str], _Row] = {}
         with comm.together():
-            self._known = _read(self._path) if comm.rank() == 0 else {}
-        self.count = comm.broadcast_object(len(self._known) if comm.rank() == 0 else None)
+            if comm.rank() == 0:
+                self._known = _read(self._path)
+                if self._is_over_budget():
+                    self._release_mended()
+        self._share()
 
     def record(self, step: int, replaced: Sequence[Replaced]) -> None:
-        """Write down what is new. Every worker calls it, with the bad samples of its own rows of the batch.
-
-        Raises DataError on every worker when the run's bad samples exceed the budget.
-        """
+        """Write down what is new. Every worker calls it, with the bad samples of its own rows of the batch."""
         gathered = comm.gather_object(list(replaced))
         with comm.together():
             if gathered is not None:
-                self._append(step, sorted({bad for own in gathered for bad in own}, key=lambda bad: bad.position))
-        self.count = comm.broadcast_object(len(self._known) if comm.rank() == 0 else None)
-        with comm.together():
-            if comm.rank() == 0 and self.count > self._budget * self._num_samples:
-                raise DataError(self._describe_excess())
+                self._append(step, sorted((bad for own in gathered for bad in own), key=lambda bad: bad.position))
+        self._share()
+
+    def _share(self) -> None:
+        excess = self._describe_excess() if self._is_over_budget() else ""
+        self.count, self.excess = comm.broadcast_object((len(self._known), excess) if comm.rank() == 0 else None)
+
+    def _is_over_budget(self) -> bool:
+        return len(self._known) > self._budget * self._data.num_samples
 
     def _append(self, step: int, found: Sequence[Replaced]) -> None:
         lines = []
         for bad in found:
-            name = (self._uris[bad.dataset], bad.key)
-            if name in self._known:
-                continue
-            self._known[name] = bad.reason
-            row = {"data": name[0], "key": bad.key, "reason": bad.reason, "step": step, "position": bad.position}
-            lines.append(json.dumps(row) + "\n")
+            row = _Row(
+                fingerprint=self._data.manifests[bad.dataset].fingerprint,
+                shard_index=bad.shard_index,
+                offset=bad.offset,
+                key=bad.key,
+                reason=bad.reason,
+                data=self._data.uris[bad.dataset],
+                step=step,
+                position=bad.position,
+            )
+            if row.sample not in self._known:
+                self._known[row.sample] = row
+                lines.append(json.dumps(asdict(row)) + "\n")
         if not lines:
             return
         with open(self._path, "a") as file:
@@ -56,24 +94,41 @@ class Quarantine:
             file.flush()
             os.fsync(file.fileno())
 
+    def _release_mended(self) -> None:
+        """Forget what can be read again: someone has mended the data."""
+        datasets = {
+            manifest.fingerprint: Dataset(uri, manifest, retry=self._retry)
+            for uri, manifest in zip(self._data.uris, self._data.manifests, strict=True)
+        }
+        for row in list(self._known.values()):
+            try:
+                datasets[row.fingerprint].sample(row.shard_index, row.offset)
+            except BadSample:
+                continue
+            del self._known[row.sample]
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in self._known.values()))
+        os.replace(temporary, self._path)
+
     def _describe_excess(self) -> str:
-        listed = "; ".join(list(self._known.values())[:LISTED])
-        more = f"; and {self.count - LISTED} more" if self.count > LISTED else ""
+        listed = "; ".join(row.reason for row in list(self._known.values())[:LISTED])
+        more = f"; and {len(self._known) - LISTED} more" if len(self._known) > LISTED else ""
         return (
-            f"{self.count} of {self._num_samples} samples cannot be read, more than data.bad_sample_budget="
+            f"{len(self._known)} of {self._data.num_samples} samples cannot be read, more than data.bad_sample_budget="
             f"{self._budget} allows: {listed}{more}; all are in {self._path}; mend the data or raise the budget"
         )
 
 
-def _read(path: Path) -> dict[tuple[str, str], str]:
-    """(dataset, key) -> reason of what is written down; a last line that was cut short does not count."""
+def _read(path: Path) -> dict[tuple[str, str], _Row]:
+    """What is written down, by sample; a last line that was cut short is taken off. DataError for a damaged file."""
     if not path.is_file():
         return {}
-    known = {}
-    text = path.read_text()
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        row = json.loads(line)
-        known[(row["data"], row["key"])] = row["reason"]
-    if not text.endswith("\n") and text:
-        path.write_text(text[: text.rfind("\n") + 1])
-    return known
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    try:
+        rows = [_Row(**json.loads(line)) for line in content[:whole].decode().splitlines() if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove the line, or the file to count anew") from error
+    return {row.sample: row for row in rows}

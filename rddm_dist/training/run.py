@@ -166,7 +166,8 @@ def _run(
         _export(prepared, engine, ema, first_step, reporting)
         return first_step, "done"
     schedule = make_schedule(config.diffusion).to(engine.device)
-    loader = open_loader(config, prepared.data, plan, rank=comm.rank(), start_step=first_step)
+    with comm.together():
+        loader = open_loader(config, prepared.data, plan, rank=comm.rank(), start_step=first_step)
     try:
         step, is_complete = run_loop(
             config,
@@ -191,7 +192,10 @@ def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Repor
     """What the loop does on log, preview and save steps."""
     config, plan = prepared.config, prepared.plan
     checkpoints = prepared.run_dir / "checkpoints"
-    preview = Preview(prepared) if config.sample.every and comm.rank() == 0 else None
+    preview = None
+    with comm.together():
+        if config.sample.every and comm.rank() == 0:
+            preview = Preview(prepared)
     quarantine = Quarantine(prepared)
 
     def save(step: int) -> None:
@@ -217,9 +221,9 @@ def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Repor
         reporting.preview(step, grid)
         return metrics
 
-    def isolate(step: int, replaced: Sequence[Replaced]) -> int:
+    def isolate(step: int, replaced: Sequence[Replaced]) -> tuple[int, str]:
         quarantine.record(step, replaced)
-        return quarantine.count
+        return quarantine.count, quarantine.excess
 
     return Actions(log=reporting.metrics, preview=show, save=save, quarantine=isolate)
 

@@ -50,7 +50,8 @@ def quarantine(folder: Path) -> list[dict[str, object]]:
 
 def bad_counts(folder: Path) -> list[int]:
     records = [json.loads(line) for line in (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    return [record["metrics"]["data/bad_samples"] for record in records if record["event"] == "metrics"]
+    metrics = [record["metrics"] for record in records if record["event"] == "metrics"]
+    return [values["data/bad_samples"] for values in metrics if "data/bad_samples" in values]
 
 
 def test_bad_samples_are_written_down_once_whatever_the_workers_and_restarts(damaged: str, tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_bad_samples_are_written_down_once_whatever_the_workers_and_restarts(dam
     done(start(tmp_path / "two", damaged, 2, allowed))
     rows = quarantine(tmp_path / "two")
     assert {row["key"] for row in rows} == {"photo_003", "photo_011"} and len(rows) == 2
-    assert all("not a readable png image" in str(row["reason"]) and row["data"] == damaged for row in rows)
+    assert all("are not those packed" in str(row["reason"]) and row["data"] == damaged for row in rows)
     assert bad_counts(tmp_path / "two")[-1] == 2
 
     done(start(tmp_path / "one", damaged, 1, allowed, "train.steps=5"))
@@ -78,6 +79,29 @@ def test_over_budget_the_run_stops_on_all_workers_and_lists_them(damaged: str, t
     again = start(tmp_path, damaged, 1, "data.bad_sample_budget=0.05")
     assert again[0].code == 2 and "2 of 20 samples" in again[0].stderr
     done(start(tmp_path, damaged, 1, "data.bad_sample_budget=0.1"))
+
+
+def test_bad_samples_are_known_by_their_data_and_forgotten_when_mended(damaged: str, tmp_path: Path) -> None:
+    """The dataset moves, the run goes on and counts nothing twice; over budget it stops, mended it goes on."""
+    done(start(tmp_path, damaged, 1, "data.bad_sample_budget=0.1", "train.steps=6"))
+    moved, mended = tmp_path / "moved", make_dataset(tmp_path, count=20, name="mended")
+    shutil.copytree(damaged, moved)
+    done(start(tmp_path, str(moved), 1, "data.bad_sample_budget=0.1", "train.steps=8"))
+    assert len(quarantine(tmp_path)) == 2 and bad_counts(tmp_path)[-1] == 2
+    refused = start(tmp_path, str(moved), 2, "data.bad_sample_budget=0.05")
+    assert {result.code for result in refused} == {2}
+    done(start(tmp_path, mended, 2, "data.bad_sample_budget=0.05"))
+    assert quarantine(tmp_path) == [] and bad_counts(tmp_path)[-1] == 0
+
+
+def test_previews_pass_over_what_cannot_be_read_and_show_what_training_sees(tmp_path: Path) -> None:
+    data = make_dataset(tmp_path, count=8)
+    damage(data, {"photo_000"})
+    options = ["sample.every=5", "data.bad_sample_budget=0.5", "data.degrade=noise(sigma=100)"]
+    done(start(tmp_path, data, 2, *options))
+    records = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    psnr = [r["metrics"]["preview/input_psnr"] for r in records if "preview/input_psnr" in r.get("metrics", {})]
+    assert len(psnr) == 2 and psnr[0] == psnr[1] and 7 < psnr[0] < 13  # sigma 100, clipped; what is stored has 28 dB
 
 
 def test_a_run_on_clean_images_makes_its_inputs_and_resumes_exactly(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ def test_several_datasets_with_weights_and_a_growing_crop_survive_writing_and_re
     assert Config.model_validate(config.model_dump(mode="json")) == config
     assert load_config(write(tmp_path, ""), ["data.uri=one"]).data.uris == (str(Path("one").absolute()),)
     assert load_config(write(tmp_path, "")).data.uris == ()
+    same = [load_config(write(tmp_path, ""), [f"data.{given}"]) for given in ("crop=8", "crop={0: 8}")]
+    assert same[0] == same[1]
+    same = [load_config(write(tmp_path, ""), [f"data.degrade={given}"]) for given in ("noise", "noise( sigma = 25.0 )")]
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize(

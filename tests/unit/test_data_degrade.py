@@ -278,6 +278,17 @@ def test_a_window_with_its_reach_equals_the_window_of_the_whole(spec: str) -> No
     assert not np.array_equal(applied(spec, PIXELS[:, rows, columns]), whole[:, rows, columns])
 
 
+def test_holes_are_those_of_the_window_whatever_context_a_blur_needs() -> None:
+    ids = np.arange(8)
+    for mask in ("center", "box", "irregular"):
+        chain = parse_degradation(f"blur(sigma=3)+inpaint(mask={mask})+noise(sigma=5)")
+        grown = np.zeros((8, 48 + 2 * chain.reach, 48 + 2 * chain.reach, 3), np.uint8)
+        inputs, masks = chain.apply(grown, seed=1, ids=ids, margin=chain.reach)
+        _, alone = parse_degradation(f"inpaint(mask={mask})").apply(np.zeros((8, 48, 48, 3), np.uint8), seed=1, ids=ids)
+        assert inputs.shape == (8, 48, 48, 3) and masks is not None and alone is not None
+        assert np.array_equal(masks, alone)
+
+
 def test_only_blurs_reach() -> None:
     assert parse_degradation("noise+poisson+rain+lowlight+jpeg+inpaint").reach == 0
     assert parse_degradation("blur(sigma=1..2.1)+noise+motion(length=2..9)").reach == 7 + 4

@@ -119,7 +119,8 @@ def write_dataset(folder: Path, shards: list[list[tuple[str, bytes, tuple[int, i
         widths, heights = [row[2][1] for row in rows], [row[2][0] for row in rows]
         index_sha256 = hashlib.sha256(written.index).hexdigest()
         sizes = (min(widths), max(widths), min(heights), max(heights))
-        infos.append(ShardInfo(path.name, len(rows), written.bytes, written.sha256, index_sha256, *sizes))
+        index_bytes = len(written.index)
+        infos.append(ShardInfo(path.name, len(rows), written.bytes, written.sha256, index_bytes, index_sha256, *sizes))
     manifest = Manifest(ShardTable.of(infos), fields=("target",), codec="png", source_digest="0" * 64)
     manifest.save(str(folder))
     return str(folder)

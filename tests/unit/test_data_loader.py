@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from data_pipeline.rows import MAX_SUBSTITUTES, SUBSTITUTE_STRIDE, RowSettings
 from data_pipeline.sources import find_clean, find_pairs
 from data_pipeline.transforms import draw_augments, place_window, turn_rows
 from tests.support.datasets import make_dataset, make_folders
+from tests.support.servers import serve_files
 
 GLOBAL_BATCH, LANES = 6, 2
 
@@ -350,7 +352,7 @@ def test_reading_one_sample_raises_what_is_wrong_with_it(tmp_path: Path) -> None
     uri = make_dataset(tmp_path, count=2)
     _damage(uri, "photo_001")
     dataset = Dataset(uri)
-    with pytest.raises(BadSample, match=r"photo_001\.input\.png: not a readable png image"):
+    with pytest.raises(BadSample, match=r"photo_001\.input\.png: its bytes .* are not those packed"):
         dataset.whole(dataset.images()[1])
 
 
@@ -384,7 +386,49 @@ def test_a_cache_too_small_for_all_lanes_changes_nothing(
     assert _rows(_take(_loader(remote, cache=NodeCache(tmp_path / "small", largest)), 6)) == expected
 
 
-def test_altered_bytes_from_a_url_are_a_bad_sample(remote: str, expected: dict[int, tuple[str, str]]) -> None:
+def test_a_copy_damaged_in_the_cache_is_fetched_anew(
+    tmp_path: Path, remote: str, expected: dict[int, tuple[str, str]]
+) -> None:
+    cache = NodeCache(tmp_path / "cache", 10**6)
+    assert _rows(_take(_loader(remote, cache=cache), 6)) == expected
+    for path in (tmp_path / "cache").rglob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    batches = _take(_loader(remote, cache=cache), 6)
+    assert _rows(batches) == expected and not any(batch.replaced for batch in batches)
+
+
+def test_a_shard_missing_behind_the_cache_is_named(tmp_path: Path, remote: str) -> None:
+    cache = NodeCache(tmp_path / "cache", 10**6)
+    for shard in Manifest.load(remote).shards:
+        storage.remove(storage.join(remote, shard.name))
+    with _loader(remote, cache=cache) as loader, pytest.raises(DataError, match=r"shard-0000\d\.tar cannot be read"):
+        next(loader)
+
+
+def test_threads_that_miss_one_index_fetch_it_once(uri: str) -> None:
+    files = {path.name: path.read_bytes() for path in Path(uri).iterdir()}
+    with serve_files(files) as server:
+        dataset = Dataset(server.url)
+        before = len(server.requests)
+        with ThreadPoolExecutor(8) as pool:
+            indexes = list(pool.map(lambda _: dataset.index(0), range(8)))
+        assert len(server.requests) - before <= 4  # the index and the size of its tar, each perhaps asked for twice
+        assert all(index is indexes[0] for index in indexes)
+
+
+def test_a_batch_that_is_done_the_moment_patience_ends_is_no_error(uri: str) -> None:
+    class Late(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            if not self.done():
+                self.set_result(([], []))
+                raise TimeoutError
+            return super().result(timeout)
+
+    with _loader(uri) as loader:
+        assert loader._wait(Late(), 0) == ([], [])
+
+
+def test_altered_bytes_are_a_bad_sample_even_where_decoders_do_not_look(remote: str) -> None:
     """Still a PNG, but not the one that was packed: only the index's CRC can tell."""
     dataset = Dataset(remote)
     place, entry = next(iter(dataset.entries()))

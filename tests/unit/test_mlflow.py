@@ -257,7 +257,7 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
             uri=uri,
             name="rddm-demo",
             digests={"weights": f"w{seed}", "data": "d", "config": "c", "code": "v"},
-            score={"psnr": psnr, "protocol": "rgb", "data_fingerprint": "eval", "images": 2, **score},
+            score={"psnr": psnr, "protocol": "rgb", "size": "native", "data_fingerprint": "eval", "images": 2, **score},
             margin_db=margin_db,
             run_id=run_id,
         )
@@ -273,15 +273,17 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
         enter(5, 30.0, data_fingerprint="other"),
         enter(6, math.nan),
         enter(8, None),
+        enter(9, 30.0, size="resized to 64x64"),
         enter(7, 25.2, margin_db=0.1),
     ]
-    assert [result.alias_moved for result in results] == [False] * 6 + [True]
+    assert [result.alias_moved for result in results] == [False] * 7 + [True]
     assert "another protocol" in results[2].reason and "another data_fingerprint" in results[3].reason
-    assert "PSNR is not known" in results[5].reason and "+0.200 dB" in results[6].reason
+    assert "PSNR is not known" in results[5].reason and "+0.200 dB" in results[7].reason
+    assert "another size" in results[6].reason
 
     client = open_client(uri)
     champion = client.get_model_version_by_alias("rddm-demo", "champion")
-    assert (str(champion.version), champion.run_id) == ("8", run_id)
+    assert (str(champion.version), champion.run_id) == ("9", run_id)
     assert (champion.tags["rddm.weights_digest"], champion.tags["rddm.score.psnr"]) == ("w7", "25.2")
 
     local = resolve("models:/rddm-demo@champion", uri=uri)

@@ -375,14 +375,14 @@ def _read_lying(noise: np.random.Generator, folder: Path) -> bool:
         mutate_json(noise, document)
         data = json.dumps(document).encode()
         (folder / first.index_name).write_bytes(data)
-        row = first._replace(index_sha256=hashlib.sha256(data).hexdigest())
+        row = first._replace(index_bytes=len(data), index_sha256=hashlib.sha256(data).hexdigest())
         replace(manifest, shards=ShardTable.of([row, *rest])).save(str(folder))
     else:
         document = json.loads(manifest.to_json())
         mutate_json(noise, document)
         columns = document["shards"]
         if isinstance(columns, dict):
-            rows = [columns.get(name) for name in ("name", "count", "bytes", "sha256", "index_sha256")]
+            rows = [columns.get(name) for name in ("name", "count", "bytes", "sha256", "index_bytes", "index_sha256")]
             document["fingerprint"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         (folder / "manifest.json").write_text(json.dumps(document))
     with guarded(folder):
