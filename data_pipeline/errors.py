@@ -36,5 +36,9 @@ class BadSample(RddmError):
     """One sample of a packed dataset cannot be read."""
 
 
+class AlteredSample(BadSample):
+    """The bytes of a sample are not those that were packed."""
+
+
 class TrainingFault(RddmError):
     """A run cannot go on: the loss is not finite, workers died."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.errors import BadSample
+from data_pipeline.errors import AlteredSample, BadSample
 from data_pipeline.index import Entry, Member, Tile, encode_index
 from data_pipeline.records import FIELDS
 from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy
@@ -96,7 +96,7 @@ def read_members(
     """The images of a sample, in one read where they lie together.   -> field -> (extension, bytes)
 
     The CRC-32 of what came is compared with the index, so that damage is noticed wherever the shard lies. Raises
-    BadSample for what is cut short or differs.
+    BadSample for what is cut short, AlteredSample for what differs.
     """
     members = [member for member in entry.members if member.field in fields]
     first = min(member.start for member in members)
@@ -113,5 +113,5 @@ def read_members(
                 f"{entry.key}.{member.field}.{extension}: {shard_uri} ends after {len(content)} of {member.size} bytes"
             )
         if zlib.crc32(content) != member.crc32:
-            raise BadSample(f"{entry.key}.{member.field}.{extension}: its bytes in {shard_uri} are not those packed")
+            raise AlteredSample(f"{entry.key}.{member.field}.{extension}: its bytes in {shard_uri} are not those packed")
     return found

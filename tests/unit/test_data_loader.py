@@ -406,7 +406,7 @@ def test_a_shard_missing_behind_the_cache_is_named(tmp_path: Path, remote: str) 
 
 
 def test_threads_that_miss_one_index_fetch_it_once(uri: str) -> None:
-    files = {path.name: path.read_bytes() for path in Path(uri).iterdir()}
+    files = {f"/{path.name}": path.read_bytes() for path in Path(uri).iterdir()}
     with serve_files(files) as server:
         dataset = Dataset(server.url)
         before = len(server.requests)
