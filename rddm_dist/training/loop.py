@@ -84,7 +84,7 @@ def run_loop(
     train, meter, stream = config.train, Meter(), iter(batches)
     num_bad, excess = actions.quarantine(0, ())
     if excess:
-        raise DataError(excess)
+        raise _too_many(excess)
     while True:
         batch = meter.wait_for(stream)
         step = batch.step + 1
@@ -110,7 +110,7 @@ def run_loop(
             num_bad, excess = actions.quarantine(step, batch.replaced)
             if excess:
                 actions.save(step)
-                raise DataError(excess)
+                raise _too_many(excess)
         is_last = step >= train.steps
         is_end = is_last or result.must_stop
         if is_end or step % train.log_every == 0:
@@ -125,3 +125,10 @@ def run_loop(
             meter.restart_clock()
         if is_end:
             return step, is_last
+
+
+def _too_many(excess: str) -> DataError:
+    """The end of a run with too many bad samples, which every worker comes to at this point."""
+    error = DataError(excess)
+    error.is_shared = True
+    return error
