@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import logging
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault
@@ -26,6 +29,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TOUCH_S = 1.0
 POLL_S = 0.1
 DOWNLOADS = 2
+COUNT_DIGITS = 20
+ROOT = 0  # its user id
+
+
+class _DiskFull(EnvironmentFault):
+    """The local disk is full, which the cache may be able to mend."""
+
+
+class _Copy(NamedTuple):
+    used_ns: int
+    bytes: int
+    path: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,14 @@ class NodeCache:
     A download fills FINGERPRINT-NAME.part, which is also the lock of its file: whoever holds its flock may write it,
     and when it is whole it takes the final name. So there is never a partial file under a final name, a download
     whose process died is known by its free lock, and its length, set before the first byte, reserves the space.
+
+    The file .lock guards names and lengths and holds the sum of the lengths, or more: what is not counted off (failed
+    downloads, files removed by hand) is found when the limit seems reached. So thousands of small files are fine: a
+    hit is one stat, and the folder is listed only by a miss that must evict (once, about 5 us a file) and, while it
+    waits for space that other downloads hold, by every POLL_S.
+
+    Folders made here are of mode 0700; where `folder` is shared by its group (mode 2770), what is made is so too.
+    Whatever the local disk refuses is one line, an EnvironmentFault that names data.cache_dir.
     """
 
     folder: Path
@@ -48,8 +71,9 @@ class NodeCache:
         if self.limit_bytes < 1:
             raise ConfigError(f"the limit of the cache is {self.limit_bytes} bytes; raise data.cache_gb")
         self._make_home()
-        with self._folder_locked():
-            self._sweep()
+        with self._folder_locked() as lock:
+            self._scan()
+            os.ftruncate(lock, 0)  # a power failure may have lost a count: count anew
 
     def fetch(self, uri: str, *, fingerprint: str, name: str, sha256: str, size: int) -> Path:
         """The path of a verified local copy of `uri`, which is file `name` of the dataset with this fingerprint.
@@ -57,12 +81,23 @@ class NodeCache:
         sha256: in hex; size: in bytes. Open the copy at once: it may be evicted at any time, and stays readable to
         those who have it open. FileNotFoundError on opening means that it was: fetch again.
 
-        Raises ConfigError for a file larger than the limit, DataError for one that is not what sha256 names, and
-        EnvironmentFault when the disk is full or the server does not answer.
+        Raises ConfigError for a file larger than the limit, DataError for one that is not what sha256 names,
+        FileNotFoundError for one that is not there, and EnvironmentFault when the local disk or the server fails.
         """
         assert "/" not in name and not name.endswith(PART), "manifests allow no such names"
         path = self._home / f"{fingerprint[:32]}-{name}"
         return path if _is_whole(path, size) else self._fill(path, uri, sha256=sha256, size=size)
+
+    def discard(self, path: Path) -> None:
+        """Forget a copy, as `fetch` returned it, that turned out damaged: the next fetch downloads it anew.
+
+        It may be gone already. Readers that have it open keep reading the damaged bytes; those that open it now get
+        FileNotFoundError, as after an eviction, or the new copy. Who discards a copy late, when another has replaced
+        it, discards the new one, at the cost of a download.
+        """
+        assert path.parent == self._home, "not a copy of this cache"
+        with self._folder_locked():
+            path.unlink(missing_ok=True)
 
     def _fill(self, path: Path, uri: str, *, sha256: str, size: int) -> Path:
         if size > self.limit_bytes:
@@ -78,7 +113,7 @@ class NodeCache:
                 with _claimed(part) as descriptor:
                     if descriptor is None or _is_whole(path, size):
                         continue  # another one was here first
-                    if path.exists():
+                    if os.path.exists(path):
                         log.warning("the cached copy of %s has not its %d bytes; fetching it again", shown, size)
                     self._download(descriptor, uri, sha256=sha256, size=size)
                     with self._folder_locked():
@@ -100,115 +135,136 @@ class NodeCache:
 
         It stops when more than `size` bytes came."""
         while True:
-            self._reserve(descriptor, size)
             try:
+                self._reserve(descriptor, size)
                 return self._copy_once(descriptor, uri, size=size)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
-                    raise
-                os.ftruncate(descriptor, 0)
+            except _DiskFull as full:
                 with self._folder_locked():
-                    self._sweep()
-                    copies = self._copies()
+                    os.ftruncate(descriptor, 0)
+                    _, copies = self._scan()
                     if not copies:
-                        raise EnvironmentFault(
-                            f"no space for {size} bytes in {self._home} ({one_line(error)}); free some, lower "
-                            "data.cache_gb or change data.cache_dir"
-                        ) from error
-                    copies[0].unlink()
+                        raise EnvironmentFault(f"no space for {size} bytes: {full}") from full
+                    _evict(copies, size)
 
     def _copy_once(self, descriptor: int, uri: str, *, size: int) -> tuple[int, str]:
         digest, count = hashlib.sha256(), 0
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        with open(descriptor, "wb", closefd=False) as file:
-            for chunk in storage.read_chunks(uri, retry=self.retry):
-                count += len(chunk)
-                if count > size:
-                    break  # what follows is beyond the reserved space
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
+        with _disk(self._home):
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        for chunk in storage.read_chunks(uri, retry=self.retry):
+            count += len(chunk)
+            if count > size:
+                break  # what follows is beyond the reserved space
+            with _disk(self._home):
+                _write(descriptor, chunk)
+            digest.update(chunk)
+        with _disk(self._home):
             os.fsync(descriptor)  # after a power failure a file that has its name must have its bytes
         return count, digest.hexdigest()
 
     def _reserve(self, descriptor: int, size: int) -> None:
         """Give the claimed file its length; wait while other downloads need the space."""
         while True:
-            with self._folder_locked():
+            with self._folder_locked() as lock:
                 os.ftruncate(descriptor, 0)
-                if self._make_room(size):
+                if self._make_room(lock, size):
                     os.ftruncate(descriptor, size)
                     return
             time.sleep(POLL_S)
 
-    def _make_room(self, size: int) -> bool:
-        """Evict until `size` more bytes fit; whether they do."""
-        if self._used() + size > self.limit_bytes:
-            self._sweep()
-        used = self._used()
-        for copy in self._copies():
-            if used + size <= self.limit_bytes:
-                break
-            used -= copy.stat().st_size
-            copy.unlink()
-            log.debug("evicted %s", copy.name)
-        return used + size <= self.limit_bytes
+    def _make_room(self, lock: int, size: int) -> bool:
+        """Count `size` more bytes in, after evicting what must go; False, and nothing evicted, where they do not fit.
 
-    def _used(self) -> int:
-        return sum(stat.st_size for _, stat in self._files())
+        lock: the descriptor of the held lock.
+        """
+        used = _counted(lock)
+        if used is None or used + size > self.limit_bytes:
+            used, copies = self._scan()
+            if used - sum(copy.bytes for copy in copies) + size > self.limit_bytes:
+                return False  # unfinished downloads need the space: to evict would be in vain
+            used -= _evict(copies, used + size - self.limit_bytes)
+        # Before the file grows: a process killed in between leaves a count too high, not too low.
+        _write(lock, b"%0*d" % (COUNT_DIGITS, used + size))
+        return True
 
-    def _copies(self) -> list[Path]:
-        """The finished files, the least recently used first."""
-        finished = [
-            (stat.st_mtime_ns, path) for path, stat in self._files() if path.name != LOCK and path.suffix != PART
-        ]
-        return [path for _, path in sorted(finished)]
+    def _scan(self) -> tuple[int, list[_Copy]]:
+        """What the folder holds, unfinished files whose process died removed.
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for name in os.listdir(self._home):
-            path = self._home / name
-            try:
-                yield path, path.stat()
-            except FileNotFoundError:
-                continue  # a download that failed and was removed meanwhile
-
-    def _sweep(self) -> None:
-        """Remove unfinished files that nobody holds: their process died."""
-        for part in self._home.glob(f"*{PART}"):
-            try:
-                descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
+        -> (bytes of all files, the finished ones with the least recently used first)
+        """
+        used, copies = 0, []
+        for entry in os.scandir(self._home):
+            if entry.name == LOCK or (entry.name.endswith(PART) and _is_swept(entry.path)):
                 continue
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _has_name(descriptor, part):
-                    part.unlink()
-            except BlockingIOError:
-                log.debug("%s is being written", part.name)
-            finally:
-                _release(descriptor)
+                found = entry.stat()
+            except FileNotFoundError:
+                continue  # a download that failed and was removed meanwhile
+            used += found.st_size
+            if not entry.name.endswith(PART):
+                copies.append(_Copy(found.st_mtime_ns, found.st_size, entry.path))
+        return used, sorted(copies)
 
     @property
     def _home(self) -> Path:
         return self.folder / HOME
 
     def _make_home(self) -> None:
-        try:
-            self._home.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._home, os.W_OK):
+        with _disk(self._home):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder, user, groups = self.folder.stat(), os.geteuid(), {os.getegid(), *os.getgroups()}
+            _refuse_open(self.folder, folder, owners=(user, ROOT), groups=groups)
+            with contextlib.suppress(FileExistsError):
+                self._home.mkdir(mode=0o700)
+                if is_group_shared(folder, groups):
+                    self._home.chmod(0o2770)
+            # Root alone may own what lies above (/tmp), but copies in a folder of everybody's could be anybody's.
+            _refuse_open(self._home, self._home.stat(), owners=(user,), groups=groups)
+            if not os.access(self._home, os.W_OK | os.X_OK):
                 raise PermissionError(f"{self._home} is not writable")
-        except OSError as error:
-            raise EnvironmentFault(f"the cache folder cannot be used ({error}); change data.cache_dir") from error
 
     @contextmanager
-    def _folder_locked(self) -> Iterator[None]:
-        """Hold, for a moment, what guards names and lengths in the folder."""
-        descriptor = os.open(self._home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            _release(descriptor)
+    def _folder_locked(self) -> Iterator[int]:
+        """Hold, for a moment, what guards names and lengths in the folder.   -> the descriptor of the lock's file"""
+        with _held(self._home / LOCK) as lock, _disk(self._home):
+            yield lock
+
+
+def is_group_shared(found: os.stat_result, groups: Collection[int]) -> bool:
+    """Whether a folder is made for the members of one of `groups` (ids) to share: group-writable and setgid."""
+    return found.st_gid in groups and bool(found.st_mode & stat.S_IWGRP) and bool(found.st_mode & stat.S_ISGID)
+
+
+def is_open_to_strangers(found: os.stat_result, *, owners: Collection[int], groups: Collection[int]) -> bool:
+    """Whether anybody may write into a folder that is none of `owners` (user ids) and not shared by a group of ours."""
+    is_foreign = found.st_uid not in owners
+    return is_foreign and bool(found.st_mode & stat.S_IWOTH) and not is_group_shared(found, groups)
+
+
+def _refuse_open(path: Path, found: os.stat_result, *, owners: Collection[int], groups: Collection[int]) -> None:
+    if is_open_to_strangers(found, owners=owners, groups=groups):
+        raise EnvironmentFault(
+            f"the cache folder {path} belongs to user {found.st_uid} and anybody may write to it; set data.cache_dir "
+            "to a folder of your own, or to one that a group shares (mode 2770)"
+        )
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Tell in one line what the local disk refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise _fault(path, error) from error
+
+
+def _fault(path: Path, error: OSError) -> EnvironmentFault:
+    if error.errno in DISK_FULL:
+        return _DiskFull(
+            f"the disk of {path} is full ({one_line(error)}); free some, lower data.cache_gb or change data.cache_dir"
+        )
+    return EnvironmentFault(
+        f"the cache cannot use {path} ({one_line(error)}); check the disk and the permissions, or change data.cache_dir"
+    )
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -221,7 +277,69 @@ def _is_whole(path: Path, size: int) -> bool:
             os.utime(path)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise _fault(path, error) from error
     return True
+
+
+def _counted(lock: int) -> int | None:
+    """The bytes that the open file of the folder's lock counts; None where they must be counted anew."""
+    text = os.pread(lock, COUNT_DIGITS, 0)
+    return int(text) if len(text) == COUNT_DIGITS and text.isdigit() else None
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _evict(copies: Sequence[_Copy], needed: int) -> int:
+    """Remove copies, the first ones first, until `needed` bytes are free.   -> bytes freed"""
+    freed = 0
+    for copy in copies:
+        if freed >= needed:
+            break
+        Path(copy.path).unlink(missing_ok=True)  # whoever tidies temporary folders may have been here
+        freed += copy.bytes
+        log.debug("evicted %s", copy.path)
+    return freed
+
+
+def _is_swept(part: str) -> bool:
+    """Remove an unfinished file unless somebody holds it; whether it is gone."""
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _has_name(descriptor, part):
+            os.unlink(part)
+    except BlockingIOError:
+        return False
+    finally:
+        _release(descriptor)
+    return True
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[int]:
+    """The file at `path`, open and locked; made where there is none, for the group where the folder is."""
+    with _disk(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            found, mode = os.fstat(descriptor), 0o600 | path.parent.stat().st_mode & 0o060
+            if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) != mode:
+                os.fchmod(descriptor, mode)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            os.close(descriptor)
+            raise
+    try:
+        yield descriptor
+    finally:
+        _release(descriptor)
 
 
 @contextmanager
@@ -230,22 +348,21 @@ def _claimed(part: Path) -> Iterator[int | None]:
 
     It is removed at the end unless it took another name.
     """
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not _has_name(descriptor, part):
+    with _held(part) as descriptor:
+        with _disk(part):
+            is_ours = _has_name(descriptor, part)
+        if not is_ours:
             yield None
             return
         try:
             yield descriptor
         finally:
-            if _has_name(descriptor, part):
-                part.unlink()
-    finally:
-        _release(descriptor)
+            with _disk(part):
+                if _has_name(descriptor, part):
+                    part.unlink()
 
 
-def _has_name(descriptor: int, path: Path) -> bool:
+def _has_name(descriptor: int, path: Path | str) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

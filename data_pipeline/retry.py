@@ -107,26 +107,27 @@ def call(
                 raise
             elapsed_s = clock() - start
             pause_s = delay_s(policy, attempt, who=who)
+            reason = one_line(deciding(error))
             if elapsed_s + pause_s >= policy.deadline_s:
                 raise EnvironmentFault(
-                    f"{what} failed {attempt} times in {elapsed_s:.1f} s, the last time with {one_line(error)}; "
-                    f"{advice}"
+                    f"{what} failed {attempt} times in {elapsed_s:.1f} s, the last time with {reason}; {advice}"
                 ) from error
             level = logging.WARNING if attempt == 1 else logging.DEBUG
-            log.log(level, "%s failed (%s); trying again for %.0f s", what, one_line(error), policy.deadline_s)
+            log.log(level, "%s failed (%s); trying again for %.0f s", what, reason, policy.deadline_s)
         sleep(pause_s)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, a cut answer, a server in trouble or too busy.
+    """Whether the same request may succeed later: no answer, a cut answer, a server in trouble or too busy."""
+    return _verdict(deciding(error)) is True
 
-    Decided by the deepest cause that tells: filesystems wrap what happened in errors of their own choice.
+
+def deciding(error: BaseException) -> BaseException:
+    """The deepest cause that tells whether the error may pass; the error itself where none does.
+
+    Filesystems wrap what happened in errors of their own choice: a refused connection in a FileNotFoundError.
     """
-    for link in reversed(list(causes(error))):
-        verdict = _verdict(link)
-        if verdict is not None:
-            return verdict
-    return False
+    return next((link for link in reversed(list(causes(error))) if _verdict(link) is not None), error)
 
 
 def explained(error: Exception, *, what: str, where: str) -> UserError | None:
@@ -134,10 +135,11 @@ def explained(error: Exception, *, what: str, where: str) -> UserError | None:
     if server_code(error) == "NoSuchBucket":
         return ConfigError(f"{where} is in a bucket that does not exist; create it or change the URL")
     status = http_status(error)
+    reason = one_line(deciding(error))
     names = {kind.__name__ for link in causes(error) for kind in type(link).__mro__}
     if isinstance(error, PermissionError) or status in REFUSED_STATUS or names & REFUSED_TYPES:
         return EnvironmentFault(
-            f"{what}: refused ({one_line(error)}); check the permissions and the credentials (AWS_ACCESS_KEY_ID and "
+            f"{what}: refused ({reason}); check the permissions and the credentials (AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, AWS_PROFILE or GOOGLE_APPLICATION_CREDENTIALS)"
         )
     if isinstance(error, NotImplementedError):
@@ -145,7 +147,7 @@ def explained(error: Exception, *, what: str, where: str) -> UserError | None:
     if isinstance(error, DEFINITIVE):
         return None
     if status is not None or _package(type(error)) in TRANSIENT_TYPES:
-        return EnvironmentFault(f"{what}: failed with {one_line(error)}; check the URL and the settings of its server")
+        return EnvironmentFault(f"{what}: failed with {reason}; check the URL and the settings of its server")
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ T = TypeVar("T")
 MAX_OPEN_FILES = 64
 CHUNK_BYTES = 8 << 20
 MAX_CONNECTIONS = 64  # of one process to S3
+SLOW_READ_S = 1.0  # of a range of a local file, which takes microseconds where nothing is wrong
 WRITE_ADVICE = "check the network and the server, then run the command again"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 READ_ONLY = ("http", "https")
@@ -42,11 +44,21 @@ class _OpenFile(NamedTuple):
     file: BinaryIO
 
 
-# State of this process: local files kept open for read_range, and what its threads wait for. Single dict operations
-# are atomic, so that neither needs a lock (which a fork could copy locked); a process id in the key keeps what a
-# parent's threads waited for out of its forked children's sight.
+# State of this process: local files kept open for read_range, and what its threads wait for: by block, and by thread
+# the local range it reads (uri, start, length, since when), which costs less. Single dict operations are atomic, so
+# that none needs a lock (which a fork could copy locked).
 _open_files: dict[str, _OpenFile] = {}
-_waiting: dict[tuple[int, object], InFlight] = {}
+_waiting: dict[object, InFlight] = {}
+_local_reads: dict[int, tuple[str, int, int, float]] = {}
+
+
+def _forget_threads() -> None:
+    _waiting.clear()
+    _local_reads.clear()
+
+
+# A forked child has none of its parent's other threads.
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 def is_local(uri: str) -> bool:
@@ -65,20 +77,27 @@ def join(uri: str, name: str) -> str:
 
 
 def in_flight() -> tuple[InFlight, ...]:
-    """The remote reads and cache downloads that this process waits for now, the oldest first."""
-    pid = os.getpid()
-    return tuple(sorted((entry for key, entry in list(_waiting.items()) if key[0] == pid), key=lambda e: e.started))
+    """What this process waits for now, the oldest first: remote operations, cache downloads, reads of local files.
+
+    Ranges of local files are named once they took SLOW_READ_S.
+    """
+    entries = list(_waiting.values())
+    before = time.monotonic() - SLOW_READ_S
+    for uri, start, length, started in list(_local_reads.values()):
+        if started <= before:
+            entries.append(InFlight(_range_name(uri, start, length), started))
+    return tuple(sorted(entries, key=lambda entry: entry.started))
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Name in `in_flight()` what the block waits for."""
-    key = (os.getpid(), object())
+    key = object()
     _waiting[key] = InFlight(what, time.monotonic())
     try:
         yield
     finally:
-        del _waiting[key]
+        _waiting.pop(key, None)  # gone in a child forked inside the block
 
 
 def shown(uri: str) -> str:
@@ -90,8 +109,9 @@ def exists(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bool:
     """Whether there is a file or folder. A missing bucket is a ConfigError."""
     if is_local(uri):
         return local_path(uri).exists()
+    what = f"the look-up of {shown(uri)}"
     try:
-        _persist(lambda limit_s: _once(uri, "info", limit_s), uri, what=shown(uri), retry=retry)
+        _persist(lambda limit_s: _once(uri, "info", limit_s), uri, what=what, retry=retry)
     except FileNotFoundError:
         return False
     return True
@@ -99,11 +119,11 @@ def exists(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bool:
 
 def size(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
-    if is_local(uri):
-        return local_path(uri).stat().st_size
     what = f"the size of {shown(uri)}"
-    with waiting(what):
-        return _persist(lambda limit_s: _size_once(uri, limit_s), uri, what=what, retry=retry)
+    if is_local(uri):
+        with waiting(what):
+            return local_path(uri).stat().st_size
+    return _persist(lambda limit_s: _size_once(uri, limit_s), uri, what=what, retry=retry)
 
 
 def list_names(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
@@ -123,7 +143,10 @@ def list_names(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
 
 def read_bytes(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bytes:
     """A whole file. Raises FileNotFoundError."""
-    return local_path(uri).read_bytes() if is_local(uri) else b"".join(read_chunks(uri, retry=retry))
+    if is_local(uri):
+        with waiting(f"the bytes of {uri}"):
+            return local_path(uri).read_bytes()
+    return b"".join(read_chunks(uri, retry=retry))
 
 
 def read_range(uri: str, start: int, length: int, *, retry: RetryPolicy = DEFAULT_RETRY) -> bytes:
@@ -132,15 +155,20 @@ def read_range(uri: str, start: int, length: int, *, retry: RetryPolicy = DEFAUL
     A remote answer that is cut short is asked for again. Raises FileNotFoundError; EnvironmentFault past the deadline.
     """
     if is_local(uri):
-        file = _open(uri.removeprefix("file://"))
-        return os.pread(file.fileno(), length, start)
+        thread = threading.get_ident()
+        _local_reads[thread] = (uri, start, length, time.monotonic())
+        try:
+            return os.pread(_open(uri.removeprefix("file://")).fileno(), length, start)
+        finally:
+            del _local_reads[thread]
     if length == 0:
         return b""
-    what = f"bytes {start}-{start + length} of {shown(uri)}"
-    with waiting(what):
-        return _persist(
-            lambda limit_s: _range_once(uri, start, length, limit_s), uri, what=what, retry=retry.for_bytes(length)
-        )
+    return _persist(
+        lambda limit_s: _range_once(uri, start, length, limit_s),
+        uri,
+        what=_range_name(uri, start, length),
+        retry=retry.for_bytes(length),
+    )
 
 
 def read_chunks(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Iterator[bytes]:
@@ -234,6 +262,10 @@ def make_folder(uri: str) -> None:
         local_path(uri).mkdir(parents=True, exist_ok=True)
 
 
+def _range_name(uri: str, start: int, length: int) -> str:
+    return f"bytes {start}-{start + length} of {shown(uri)}"
+
+
 def _open(path: str) -> BinaryIO:
     """The local file, open: the one that has this name now, also where another was read under it before."""
     found = os.stat(path)
@@ -312,9 +344,10 @@ def _once(uri: str, method: str, limit_s: float, *after: Any, before: tuple[Any,
 def _persist(
     operation: Callable[[float], T], uri: str, *, what: str, retry: RetryPolicy, advice: str = READ_ADVICE
 ) -> T:
-    """`operation` under the policy; what a user can mend is raised as one line."""
+    """`operation` under the policy, named while it runs; what a user can mend is raised as one line."""
     try:
-        return call(operation, what=what, policy=retry, advice=advice)
+        with waiting(what):
+            return call(operation, what=what, policy=retry, advice=advice)
     except UserError:
         raise
     except Exception as error:

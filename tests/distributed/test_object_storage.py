@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from data_pipeline import storage
 from data_pipeline.cache import NodeCache
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.retry import RetryPolicy
-from tests.support.servers import Answer, FlakyServer, every, first, make_bucket, proxy, s3_server
+from tests.support.servers import Answer, FlakyServer, Request, every, first, make_bucket, proxy, s3_server, wait_until
 
 FAST = RetryPolicy(deadline_s=30.0, first_delay_s=0.01, max_delay_s=0.05, attempt_timeout_s=3.0)
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -99,6 +101,29 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
 def test_a_missing_bucket_is_one_line(bucket: str, operation: Callable[[str], object]) -> None:
     with pytest.raises(ConfigError, match="^s3://no-such-bucket/x is in a bucket that does not exist; create it"):
         operation("s3://no-such-bucket/x")
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS.values(), storage.remove], ids=[*OPERATIONS, "remove"])
+def test_every_operation_is_named_while_it_runs(
+    bucket: str, line: FlakyServer, operation: Callable[[str], object]
+) -> None:
+    storage.write_bytes_atomic(f"{bucket}/x", b"content")
+    gate, answer = threading.Event(), line.answer
+
+    def answer_late(request: Request) -> Answer:
+        gate.wait(10)
+        return answer(request)
+
+    line.answer = answer_late
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(operation, f"{bucket}/x")
+        try:
+            wait_until(lambda: bool(storage.in_flight()))
+            assert [f"{bucket}/x" in entry.what for entry in storage.in_flight()] == [True]
+        finally:
+            gate.set()
+        running.result(10)
+    assert storage.in_flight() == ()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault
-from data_pipeline.retry import RetryPolicy, call, delay_s, is_transient, one_line
+from data_pipeline.retry import RetryPolicy, call, deciding, delay_s, is_transient, one_line
 from tests.support import servers
 from tests.support.processes import run
 from tests.support.servers import Fault, every, first, serve_files
@@ -117,6 +118,18 @@ def test_the_deepest_cause_decides_whether_an_error_passes() -> None:
     assert not is_transient(wrapped)
 
 
+def test_messages_tell_the_cause_that_decided_and_not_what_it_was_wrapped_in(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    refused = FileNotFoundError("http://x/y")
+    refused.__cause__ = ConnectionRefusedError("Connection refused")
+    with pytest.raises(EnvironmentFault) as caught:
+        call(failing(*[refused] * 99), what="x", policy=RetryPolicy(), sleep=clock.sleep, clock=clock.time)
+    assert "the last time with ConnectionRefusedError: Connection refused; " in str(caught.value)
+    assert "FileNotFoundError" not in str(caught.value) + caplog.text and "Connection refused" in caplog.text
+    bare = ValueError("a bug")
+    assert deciding(bare) is bare
+
+
 def test_only_the_first_repetition_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     with caplog.at_level(logging.DEBUG, logger="data_pipeline.retry"):
@@ -178,7 +191,7 @@ def test_a_hanging_read_is_cut_and_a_server_that_stays_away_is_told(tmp_path: Pa
         with pytest.raises(EnvironmentFault, match="data.read_deadline_s"):
             storage.download(f"{server.url}/x.bin", tmp_path / "x", retry=policy)
         assert not (tmp_path / "x").exists()
-    with pytest.raises(EnvironmentFault, match="failed"):
+    with pytest.raises(EnvironmentFault, match=r"^the look-up of http://.*/x.bin failed .* ConnectionRefusedError: "):
         storage.exists(f"{server.url}/x.bin", retry=policy)  # nobody listens: not the same as no such file
 
 
@@ -192,6 +205,8 @@ def test_what_a_server_refuses_is_told_at_once() -> None:
         with pytest.raises(EnvironmentFault, match="refused.*credentials"):
             storage.read_range(f"{server.url}/x.bin", 0, 1)
         assert len(server.requests) == 1
+        with pytest.raises(EnvironmentFault, match="refused .ClientResponseError: 403"):
+            storage.exists(f"{server.url}/x.bin")
         for write in (storage.remove, lambda uri: storage.write_bytes_atomic(uri, b"")):
             with pytest.raises(ConfigError, match="cannot be written"):
                 write(f"{server.url}/x.bin")
@@ -223,6 +238,53 @@ def test_reads_in_flight_are_named_oldest_first() -> None:
         for thread in threads:
             thread.join(10)
     assert len(failures) == 2 and storage.in_flight() == ()
+
+
+def test_a_local_read_that_stalls_is_named_and_a_quick_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stall(start: int) -> None:
+        with contextlib.suppress(OSError):  # a pipe has no place to read at; it only opens late
+            storage.read_range(str(tmp_path / "pipe"), start, 10)
+
+    def in_child() -> bool:
+        child = os.fork()
+        if child == 0:
+            os._exit(len(storage.in_flight()))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    os.mkfifo(tmp_path / "pipe")
+    threads = [threading.Thread(target=stall, args=(start,)) for start in (0, 500)]
+    try:
+        for index, thread in enumerate(threads):
+            thread.start()
+            servers.wait_until(lambda index=index: len(storage._local_reads) > index)  # type: ignore[misc]
+        monkeypatch.setattr(storage, "SLOW_READ_S", 3600.0)
+        assert storage.in_flight() == ()
+        monkeypatch.setattr(storage, "SLOW_READ_S", 0.0)
+        seen = storage.in_flight()
+        assert [entry.what for entry in seen] == [f"bytes {s}-{s + 10} of {tmp_path}/pipe" for s in (0, 500)]
+        assert seen[0].started <= seen[1].started <= time.monotonic()
+        assert in_child()  # which has none of these threads
+    finally:
+        writer = os.open(tmp_path / "pipe", os.O_RDWR)
+        for thread in threads:
+            thread.join(10)
+        os.close(writer)
+    assert storage.in_flight() == ()
+
+
+def test_whole_local_files_are_named_while_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    content: list[bytes] = []
+    thread = threading.Thread(target=lambda: content.append(storage.read_bytes(str(tmp_path / "pipe"))))
+    thread.start()
+    try:
+        servers.wait_until(lambda: [entry.what for entry in storage.in_flight()] == [f"the bytes of {tmp_path}/pipe"])
+    finally:
+        (tmp_path / "pipe").write_bytes(b"content")
+        thread.join(10)
+    assert content == [b"content"] and storage.in_flight() == ()
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_told() -> None:
