@@ -43,7 +43,7 @@ test-slow: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "slow and not gpu"
 
 bench: setup
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from data_pipeline.errors import BadSample
 
@@ -40,6 +40,7 @@ NPY_HEADER = re.compile(
 MAX_PIXELS = 1 << 26  # Pillow itself warns of decompression bombs from 1.3 times as many
 MAX_SIDE = (1 << 16) - 1  # counted random numbers address rows and columns with 16 bits
 EXIF_ORIENTATION = 0x0112
+TURNING_ORIENTATIONS = (5, 6, 7, 8)  # they swap width and height
 
 # What Pillow's readers raise on damaged files.
 DECODE_ERRORS = (
@@ -93,7 +94,7 @@ class Window(NamedTuple):
 class JpegHeader(NamedTuple):
     """What decides how a JPEG is decoded. height_at: where its height stands in the file; is_streamable: rows come in
     order in a single scan and nothing but the end follows, so that decoding may end early; has_app1: it has EXIF or
-    XMP data, both of which may hold an orientation."""
+    XMP data, both of which may hold an orientation, and hold none or 1 in most photographs."""
 
     height: int
     width: int
@@ -114,8 +115,8 @@ def decode_image(
     """Pixels of an encoded image, or of a window of it.   -> (H, W, channels) uint8; channels: 3 images, 1 masks
 
     The EXIF orientation is applied. Gray, palette, CMYK and other colour modes are converted to RGB; transparency is
-    dropped, not blended; of 16-bit values the high byte is kept. Masks are the luma of what they hold.
-    shape: (H, W) the upright image must have. Damage in rows below a window may go unnoticed.
+    dropped, not blended; of 16-bit values the high byte is kept (colour PPM: the nearest of 256 levels). Masks are the
+    luma of what they hold. shape: (H, W) the upright image must have. Damage in rows below a window may go unnoticed.
     Raises BadSample for anything unreadable, of another shape, larger than MAX_PIXELS or with 32-bit pixels.
     """
     if extension == RAW_EXTENSION:
@@ -145,7 +146,7 @@ def read_size(data: bytes, extension: str) -> tuple[int, int]:
         with _open(data) as image:
             if image.format == "PNG" and not any(mark in data for mark in PNG_ORIENTATION_MARKS):
                 return image.height, image.width  # Pillow would unpack the pixels to look behind them
-            is_turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            is_turned = _orientation(image) in TURNING_ORIENTATIONS
             return (image.width, image.height) if is_turned else (image.height, image.width)
     except UnidentifiedImageError as error:
         raise BadSample(f"not a readable {extension} image: its content is of no known format") from error
@@ -157,7 +158,17 @@ def _open(data: bytes) -> Image.Image:
     # Our formats only, whatever the extension says: Pillow's others include ones that run programs (EPS).
     image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     check_size(*image.size)
+    _check_mode(image)
     return image
+
+
+def _check_mode(image: Image.Image) -> None:
+    """Raise BadSample for pixels that _to_array has no way for."""
+    # A PPM opens in 32 bits when it has more than 8, and its values then reach up to 65535.
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        raise BadSample("32-bit pixels are not supported; save the image with 8 or 16 bits a channel")
+    if image.mode == "La":
+        raise BadSample("gray multiplied by its transparency is not supported; save the image without transparency")
 
 
 def check_size(width: int, height: int) -> None:
@@ -191,15 +202,21 @@ def _crop(image: Image.Image, window: Window | None) -> Image.Image:
     return image.crop((window.left, window.top, window.right, window.bottom))
 
 
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation that Pillow leaves to be applied, 1 for none; a damaged one may be anything."""
+    # Pillow gives the size of a TIFF as it will be upright, and turns it by its own tag when it loads it.
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and EXIF_ORIENTATION in image.tag_v2:
+        return 1
+    return image.getexif().get(EXIF_ORIENTATION, 1)
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if image.getexif().get(EXIF_ORIENTATION, 1) != 1 else image
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
 
 
 def _to_array(image: Image.Image, *, channels: int) -> np.ndarray:
-    if image.mode.startswith("I;16"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise BadSample("32-bit pixels are not supported; save the image with 8 or 16 bits a channel")
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette's transparency is resolved here, without Pillow's warning
     mode = "L" if channels == 1 else "RGB"
@@ -222,7 +239,7 @@ def _decode_png(data: bytes, shape: tuple[int, int] | None, window: Window | Non
         image.tile = [rows._replace(extents=(0, 0, image.width, min(window.bottom, image.height)))]
         image.load()
         # The orientation may stand behind the pixels, so it is known only now.
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        if _orientation(image) != 1:
             return _decode_with_pillow(data, shape, window, channels=channels)
         _check_shape(image.height, image.width, shape)
         return _to_array(_crop(image, window), channels=channels)
@@ -231,8 +248,12 @@ def _decode_png(data: bytes, shape: tuple[int, int] | None, window: Window | Non
 def _decode_jpeg(data: bytes, shape: tuple[int, int] | None, window: Window | None) -> np.ndarray:
     """A JPEG whose rows come in order is told to end below the window: it is decoded with a smaller height."""
     header = read_jpeg_header(data)
-    if header is None or header.has_app1 or header.num_components != 3 or not data.endswith(JPEG_END):
+    if header is None or header.num_components != 3 or not data.endswith(JPEG_END):
         return _decode_with_pillow(data, shape, window, channels=3)
+    if header.has_app1:
+        with _open(data) as photograph:
+            if _orientation(photograph) != 1:
+                return _decode_with_pillow(data, shape, window, channels=3)
     check_size(header.width, header.height)
     _check_shape(header.height, header.width, shape)
     rows = header.height

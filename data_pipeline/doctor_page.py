@@ -119,7 +119,7 @@ def _section(diagnosis: Diagnosis, kind: str, found: Sequence[Finding]) -> str:
         f'<h2>{escape(about.title)} <span class="tag is-{about.severity}">{about.severity}</span></h2>'
         f'<p class="note">{len(found)} found. {escape(about.meaning)}</p>'
     )
-    is_shown = kind in (*PAIR_KINDS, *COPY_KINDS, "leak")
+    is_shown = kind in (*PAIR_KINDS, *COPY_KINDS, "altered", "leak")
     cards = "".join(_card(diagnosis, finding) for finding in found[:MAX_CARDS]) if is_shown else ""
     rest = found[MAX_CARDS:] if is_shown else found
     items = "".join(f"<li>{escape(finding.line)}</li>" for finding in rest)
@@ -143,6 +143,8 @@ def _card(diagnosis: Diagnosis, finding: Finding) -> str:
 
 def _pictures(diagnosis: Diagnosis, finding: Finding) -> list[tuple[str, np.ndarray]]:
     """(caption, (H, W, 3) uint8) of what a finding is about."""
+    if finding.kind == "altered":
+        return diagnosis.subject.altered(finding.keys[0])[:MAX_COPIES]
     samples = {key: diagnosis.subject.sample(key) for key in finding.keys[:MAX_COPIES]}
     first = samples[finding.keys[0]]
     if finding.kind in PAIR_KINDS:

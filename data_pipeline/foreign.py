@@ -122,17 +122,17 @@ def index_tars(
             raise DataError(f"{uri}: no tar holds a whole sample with {_describe(suffixes)}; check the suffixes")
         prefixed = _has_repeats([scan.key_hashes for _, scan in used])
         finished = _map(pool, lambda row: _finish(uri, row[0], settings=settings, prefixed=prefixed), used)
-    digest = hashlib.sha256(json.dumps([settings, [[tar.name, scan.sha256] for tar, scan in used]]).encode())
-    manifest = Manifest(
-        shards=ShardTable.of([shard for shard, _ in finished]),
-        fields=tuple(field for field in FIELDS if field in suffixes),
-        codec=CODEC,
-        source_digest=digest.hexdigest(),
-    )
-    if manifest != old:
-        _write(uri, MANIFEST_NAME, manifest.to_json())
-    for name in names:
-        storage.remove(storage.join(uri, _partial_name(name)))
+        digest = hashlib.sha256(json.dumps([settings, [[tar.name, scan.sha256] for tar, scan in used]]).encode())
+        manifest = Manifest(
+            shards=ShardTable.of([shard for shard, _ in finished]),
+            fields=tuple(field for field in FIELDS if field in suffixes),
+            codec=CODEC,
+            source_digest=digest.hexdigest(),
+        )
+        if manifest != old:
+            _write(uri, MANIFEST_NAME, manifest.to_json())
+        # Each tar has one by now: it was found there or written here.
+        _map(pool, lambda name: storage.remove(storage.join(uri, _partial_name(name))), names)
     reused = manifest == old and not any(is_written for _, is_written in finished)
     return IndexResult(manifest, reused, left_out, sum(scan.is_resumed for scan in found))
 

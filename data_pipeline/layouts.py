@@ -58,6 +58,11 @@ class Layout:
     splits: Mapping[str, Rules]
     listing: tuple[str, ...] = ()
 
+    @property
+    def has_inputs(self) -> bool:
+        """Whether it pairs images; the others are clean images alone."""
+        return bool(self.listing) or any(rule.input for rules in self.splits.values() for rule in rules)
+
     def known_splits(self, root: Path) -> list[str]:
         """The splits that are there. Raises DataError for a damaged listing."""
         if self._has_listing(root):
@@ -163,6 +168,7 @@ LAYOUTS: dict[str, Layout] = {
 def find_layout(root: Path, name: str = "") -> Layout:
     """The layout of that name, else the one that fits what lies below `root`.
 
+    Layouts of clean images alone take nearly any folder of images: they count where no layout with inputs fits.
     Raises ConfigError for an unknown name, DataError where the named one does not fit, and none or several do.
     """
     root = Path(root)
@@ -175,6 +181,7 @@ def find_layout(root: Path, name: str = "") -> Layout:
             raise DataError(f"--root {root} is not laid out as --layout {name}: it should hold {LAYOUTS[name].tree}")
         return LAYOUTS[name]
     fitting = [layout for layout in LAYOUTS.values() if layout.known_splits(root)]
+    fitting = [layout for layout in fitting if layout.has_inputs] or fitting
     if len(fitting) > 1:
         raise DataError(f"--root {root} could be {' or '.join(x.name for x in fitting)}; choose with --layout")
     if not fitting:
@@ -227,10 +234,20 @@ def _find(root: Path, pattern: str) -> dict[tuple[str, ...], Path]:
     return found
 
 
+def _spellings(folder: Path, name: str) -> list[str]:
+    """`name` where the folder holds it, else what it holds under that name in other cases, sorted."""
+    if (folder / name).exists():
+        return [name]
+    if not folder.is_dir():
+        return []
+    return sorted(other for other in os.listdir(folder) if other.lower() == name.lower())
+
+
 def _walk(folder: Path, parts: list[str]) -> Iterator[tuple[tuple[str, ...], Path]]:
     first, rest = parts[0], parts[1:]
     if rest and "*" not in first:
-        yield from _walk(folder / first, rest)
+        for name in _spellings(folder, first):
+            yield from _walk(folder / name, rest)
         return
     if not folder.is_dir():
         return

@@ -71,28 +71,42 @@ def stats(
 
 
 def check_output(out: str) -> None:
-    """Raise ConfigError, before any work, for an --out that names no file of a folder there is."""
-    from data_pipeline.errors import ConfigError
-    from data_pipeline.storage import is_local, local_path
+    """Find out, before any work, whether --out can be written; nothing stays behind.
 
-    if not is_local(out):
-        return
-    path = local_path(out)
-    if path.is_dir():
-        raise ConfigError(f"--out {out} is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {path.parent}; make it or give another file")
+    Raises ConfigError for what names no file of a folder there is or lies on a server that takes none,
+    EnvironmentFault where a file beside it cannot be written.
+    """
+    from data_pipeline.errors import ConfigError
+    from data_pipeline.storage import READ_ONLY, is_local, local_path, remove
+
+    if is_local(out):
+        path = local_path(out)
+        if path.is_dir():
+            raise ConfigError(f"--out {out} is a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--out {out}: there is no folder {path.parent}; make it or give another file")
+    elif out.partition("://")[0] in READ_ONLY:
+        raise ConfigError(f"--out {out} cannot be written, servers of http take no files; give a file or an s3:// URL")
+    probe = f"{out}.probe"
+    _write(out, probe, b"")
+    remove(probe)
 
 
 def write_output(out: str, content: bytes) -> None:
     """Write a file, whole or not at all. Raises EnvironmentFault where that does not go."""
+    _write(out, out, content)
+
+
+def _write(out: str, place: str, content: bytes) -> None:
     from data_pipeline.errors import EnvironmentFault
     from data_pipeline.storage import write_bytes_atomic
 
     try:
-        write_bytes_atomic(out, content)
+        write_bytes_atomic(place, content)
     except OSError as error:
-        raise EnvironmentFault(f"--out {out} cannot be written: {error.strerror or error}") from error
+        raise EnvironmentFault(
+            f"--out {out} cannot be written: {error.strerror or error}; give a file in a folder of your own"
+        ) from error
 
 
 def _print_manifest(manifest: Manifest) -> None:

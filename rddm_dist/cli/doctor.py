@@ -67,7 +67,7 @@ def doctor(
 def doctor_data(
     uri: Annotated[str, typer.Argument(metavar="URI", help="Folder or URL of a packed dataset")],
     against: Annotated[str, typer.Option(help="A dataset that must not show the same pictures")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="A sample of the images, no shard hashes")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Some images and the shards they lie in, no hashes")] = False,
     out: Annotated[str, typer.Option(help="HTML page to write")] = "doctor.html",
     jobs: Annotated[int, typer.Option(help="Threads; 0: one per core", min=0)] = 0,
     limit: Annotated[int, typer.Option(help="Images to look at; 0: all, with --quick 200", min=0)] = 0,
@@ -78,19 +78,20 @@ def doctor_data(
 
     check_output(out)
     with ExitStack() as stack:
-        bars: list[ProgressBar] = []
+        bars: dict[str, ProgressBar] = {}
 
-        def advance(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(ProgressBar("examine", total)))
-            bars[0].update(done)
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # one bar at a time
+                bars[stage] = stack.enter_context(ProgressBar(stage, total))
+            bars[stage].update(done)
 
         diagnosis = diagnose(uri, other_uri=against, is_quick=quick, limit=limit, jobs=jobs, progress=advance)
     command = ["rddm", "doctor", "data", uri, *(["--quick"] if quick else [])]
     for flag, value in (("--against", against), ("--limit", str(limit or "")), ("--out", out)):
         command += [flag, value] if value else []
+    tell(diagnosis)  # first: it took long, and the page may still fail
     write_output(out, render(diagnosis, command=shlex.join(command)).encode())
-    tell(diagnosis)
     say(f"page: {out}")
     return 0 if diagnosis.is_sound else EXIT_NOT_SOUND
 

@@ -9,6 +9,7 @@ import typer
 
 from rddm_dist.cli.progress import ProgressBar, say
 
+STOPPED = 75
 MEGABYTE = 10**6
 EXAMPLE = "Example: rddm index s3://photos/train --input-suffix lq.png --target-suffix gt.png,gt.jpg"
 
@@ -39,9 +40,14 @@ def index(
                 bars.append(stack.enter_context(ProgressBar("index", -(-total // MEGABYTE))))
             bars[0].update(-(-done // MEGABYTE), "MB")
 
-        result = index_tars(
-            uri, suffixes=suffixes, pattern=pattern, skip_incomplete=skip_incomplete, jobs=jobs, progress=advance
-        )
+        try:
+            result = index_tars(
+                uri, suffixes=suffixes, pattern=pattern, skip_incomplete=skip_incomplete, jobs=jobs, progress=advance
+            )
+        except KeyboardInterrupt as error:
+            stack.close()  # the bar's last words come first
+            say("stopped: what is known of the tars read is kept, the same command goes on")
+            raise typer.Exit(STOPPED) from error
     manifest = result.manifest
     resumed = f", {result.resumed} shard(s) known from an interrupted run" if result.resumed else ""
     left_out = f", {result.left_out} sample(s) left out" if result.left_out else ""

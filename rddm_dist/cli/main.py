@@ -10,6 +10,8 @@ from data_pipeline.errors import RddmError
 from rddm_dist.cli import data, dataset, demo, doctor, evaluate, index, registry, restore, train
 from rddm_dist.log import configure_console, quiet_frameworks
 
+INTERRUPTED = 130  # what shells make of SIGINT
+
 
 def _exit_with(code: int | None) -> None:
     """What a command returns is the exit code."""
@@ -32,7 +34,11 @@ for module in (data, index, dataset, train, evaluate, restore, registry, doctor,
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 fault, 2 bad input, 3 done but some inputs failed, 75 stopped, resumable."""
+    """Run a command.
+
+    Exit codes: 0 done, 1 fault, 2 bad input, 3 done but some inputs failed, 75 stopped, resumable, 130 interrupted
+    (Ctrl-C) with nothing to resume.
+    """
     quiet_frameworks()
     configure_console()
     try:
@@ -40,6 +46,11 @@ def main() -> None:
     except RddmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as ended:
+        # typer ends a command with this code on Ctrl-C, and says nothing.
+        if ended.code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+import tarfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from data_pipeline import storage
 from data_pipeline.manifest import Manifest
 from rddm_dist.cli import main as entry
-from tests.support.datasets import make_dataset
-from tests.support.processes import Finished
+from rddm_dist.cli.dataset import check_output
+from rddm_dist.cli.progress import ProgressBar
+from tests.support.datasets import make_dataset, random_image
+from tests.support.processes import RDDM, Finished, finish, run, start
 
 Command = Callable[..., Finished]
 
@@ -79,6 +88,96 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(
     result = command(*words, uri, "--out", "absent/file")
     assert "there is no folder absent" in refusal(result) and result.stdout == ""
     assert "is a folder" in refusal(command(*words, uri, "--out", tmp_path))
+
+
+@pytest.mark.parametrize("words", [("doctor", "data"), ("data", "show")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/proc/file.html", "--out /proc/file.html cannot be written"),  # not even root may
+        ("http://127.0.0.1:9/page.html", "--out http://127.0.0.1:9/page.html cannot be written, servers of http take"),
+        ("https://x.invalid/page.html", "give a file or an s3:// URL"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    command: Command, tmp_path: Path, words: tuple[str, str], out: str, message: str
+) -> None:
+    """Also where there is no dataset: the output is looked at first."""
+    result = command(*words, make_dataset(tmp_path, count=1), "--out", out)
+    assert message in refusal(result) and result.stdout == ""
+    assert message in refusal(command(*words, tmp_path / "nowhere", "--out", out))
+
+
+def test_looking_whether_an_output_can_be_written_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old.html").write_text("old")
+    for name in ("old.html", "new.html"):
+        check_output(str(tmp_path / name))
+    memory = f"memory://{tmp_path.name}"
+    check_output(f"{memory}/page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.html"] and storage.list_names(memory) == []
+    assert (tmp_path / "old.html").read_text() == "old"
+
+
+def test_the_verdict_is_told_though_the_page_cannot_be_written_in_the_end(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the page is gone when the dataset has been examined."""
+    uri, folder = make_dataset(tmp_path, count=2), tmp_path / "pages"
+    folder.mkdir()
+    monkeypatch.setattr(ProgressBar, "update", lambda *_: shutil.rmtree(folder, ignore_errors=True))
+    result = command("doctor", "data", uri, "--out", folder / "page.html")
+    assert result.code == 2 and f"{uri} is sound: 2 of 2 image(s) looked at" in result.stdout, result.text
+    assert "page.html cannot be written" in result.stderr.splitlines()[-1] and "page: " not in result.stdout
+
+
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts this process and those it starts, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+@pytest.mark.parametrize("words", [("doctor", "data"), ("data", "stats")])
+def test_an_interrupted_command_says_so_and_ends_with_130(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
+) -> None:
+    uri = make_dataset(tmp_path, count=9)
+    monkeypatch.setattr(ProgressBar, "update", lambda *_: signal.raise_signal(signal.SIGINT))
+    result = command(*words, uri)
+    assert (result.code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert not (tmp_path / "doctor.html").exists()
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
+def test_an_interrupted_index_keeps_what_it_knows_and_goes_on(tmp_path: Path) -> None:
+    """The second tar is a hole of many gigabytes, so that there is time to interrupt."""
+    buffer = io.BytesIO()
+    Image.fromarray(random_image(1, (12, 20))).save(buffer, "PNG")
+    for name in "ab":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for member in (f"{name}.lq.png", f"{name}.gt.png"):
+                info = tarfile.TarInfo(member)
+                info.size = len(buffer.getvalue())
+                tar.addfile(info, io.BytesIO(buffer.getvalue()))
+    good, hole = (tmp_path / "b.tar").read_bytes(), tarfile.TarInfo("hole.bin")
+    hole.size = 1 << 38
+    (tmp_path / "b.tar").write_bytes(hole.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "b.tar", 512 + hole.size + 1024)
+    line = [*RDDM, "index", str(tmp_path), "--input-suffix", "lq.png", "--target-suffix", "gt.png", "--jobs", "1"]
+    process = start(line, cwd=tmp_path)
+    deadline = time.monotonic() + 60.0
+    while not (tmp_path / "a.idx.partial").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stopped = finish(process, timeout_s=30)
+    assert stopped.code == 75 and stopped.stderr == "", stopped.text
+    assert "what is known of the tars read is kept, the same command goes on" in stopped.stdout.splitlines()[-1]
+    (tmp_path / "b.tar").write_bytes(good)
+    resumed = run(line, cwd=tmp_path)
+    assert resumed.code == 0 and "2 samples in 2 shard(s)" in resumed.stdout, resumed.text
+    assert "1 shard(s) known from an interrupted run" in resumed.stdout
 
 
 def test_data_show_writes_a_sheet_and_says_where(command: Command, tmp_path: Path) -> None:

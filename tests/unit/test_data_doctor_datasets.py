@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.doctor import Diagnosis, diagnose
+from data_pipeline.doctor import SEED, Diagnosis, diagnose, find_repeated_keys
 from data_pipeline.doctor_checks import KINDS
 from data_pipeline.doctor_page import render
 from data_pipeline.errors import ConfigError, DataError
@@ -23,7 +23,7 @@ from data_pipeline.reader import Dataset
 from data_pipeline.records import encode_meta
 from data_pipeline.shards import write_shard
 from data_pipeline.sources import find_clean, find_pairs
-from data_pipeline.statistics import clipped_fraction, draw, pair_facts
+from data_pipeline.statistics import clipped_fraction, draw, draw_places, pair_facts
 from tests.support.datasets import make_dataset, make_folders, random_image
 
 SIDE = 96
@@ -92,7 +92,24 @@ def test_a_broken_shard_is_named_and_the_others_are_examined(tmp_path: Path, dam
             first.with_suffix(".idx").write_bytes(b"{")
     diagnosis = diagnose(uri)
     assert kinds(diagnosis)[0] == "shard" and diagnosis.findings[0].keys == (first.name,)
-    assert diagnosis.subject.num_images == len(diagnosis.measurements) == 12 - shards[0].count
+    assert diagnosis.subject.num_images == 12 and len(diagnosis.measurements) == 12 - shards[0].count
+    looked_at = f"looked at {12 - shards[0].count} of 12 images of {uri}, {len(shards) - 1} of {len(shards)} shards"
+    assert kinds(diagnosis) == ["shard", "partial"] and looked_at in diagnosis.findings[-1].text
+    quick = diagnose(uri, is_quick=True)
+    assert quick.subject.entries == diagnosis.subject.entries and looked_at in quick.findings[-1].text
+
+
+def test_a_broken_shard_of_tiles_is_named_and_the_whole_images_are_examined(tmp_path: Path) -> None:
+    make_folders(tmp_path, count=6, size=(70, 90))
+    uri = str(tmp_path / "tiled")
+    pack(find_clean(tmp_path / "target"), uri, tile=32, overlap=8, shard_mb=0.0015, jobs=1)
+    shards = Manifest.load(uri).shards
+    lost = {entry.tile.image for place, entry in Dataset(uri).entries() if place.shard_index == 0 and entry.tile}
+    kept = {entry.tile.image for place, entry in Dataset(uri).entries() if entry.tile} - lost
+    (Path(uri) / shards[0].index_name).unlink()
+    diagnosis = diagnose(uri)
+    assert kept and lost and {m.key for m in diagnosis.measurements} == kept
+    assert f"{len(shards) - 1} of {len(shards)} shards of {uri}" in diagnosis.findings[-1].text
 
 
 def test_a_dataset_of_which_nothing_is_left_is_reported_not_crashed_on(tmp_path: Path) -> None:
@@ -100,7 +117,8 @@ def test_a_dataset_of_which_nothing_is_left_is_reported_not_crashed_on(tmp_path:
     for path in Path(uri).glob("*.idx"):
         path.unlink()
     diagnosis = diagnose(uri)
-    assert set(kinds(diagnosis)) == {"shard"} and diagnosis.measurements == ()
+    assert set(kinds(diagnosis)) == {"shard", "partial"} and diagnosis.measurements == ()
+    assert f"looked at 0 of 2 images of {uri}, 0 of 1 shards" in diagnosis.findings[-1].text
     assert "not sound" in render(diagnosis, command="x")
 
 
@@ -157,7 +175,7 @@ def test_sizes_that_the_manifest_does_not_have_are_an_error(tmp_path: Path) -> N
     wrong = [info._replace(max_width=64) for info in manifest.shards]
     replace(manifest, shards=ShardTable.of(wrong)).save(uri)
     diagnosis = diagnose(uri)
-    assert set(kinds(diagnosis)) == {"shard"}
+    assert set(kinds(diagnosis)) == {"shard", "partial"}
     assert "does not fit the manifest (sizes" in diagnosis.findings[0].text
 
 
@@ -185,6 +203,58 @@ def test_a_limited_run_says_what_it_left_out(tmp_path: Path) -> None:
     assert len(quick.measurements) == 9 and "no shard hashes" in quick.findings[0].text
 
 
+def remove_indexes(uri: str, kept: set[int]) -> None:
+    for number, shard in enumerate(Manifest.load(uri).shards):
+        if number not in kept:
+            (Path(uri) / shard.index_name).unlink()
+
+
+def test_a_quick_run_opens_no_shard_but_those_it_drew_from(tmp_path: Path) -> None:
+    """The indexes of all others are gone, and nobody notices."""
+    uri = make_dataset(tmp_path, count=24, shard_mb=0.01)
+    drawn = {place.shard_index for place in draw_places(Dataset(uri), 3, seed=SEED)}
+    number = len(Manifest.load(uri).shards)
+    assert 1 <= len(drawn) <= 3 < number
+    other = make_dataset(tmp_path, count=2, seed=1, name="other")
+    complete = diagnose(uri, other_uri=other, is_quick=True, limit=3)
+    remove_indexes(uri, drawn)
+    quick = diagnose(uri, other_uri=other, is_quick=True, limit=3)
+    assert kinds(quick) == ["partial"] and quick.findings == complete.findings
+    assert f"3 of 24 images of {uri}, {len(drawn)} of {number} shards of {uri}" in quick.findings[0].text
+    assert len(quick.measurements) == 3
+    assert len([kind for kind in kinds(diagnose(uri, limit=3)) if kind == "shard"]) == number - len(drawn)
+    with pytest.raises(DataError, match=f"--against {uri} is not sound: .* is incomplete"):
+        diagnose(other, other_uri=uri, is_quick=True)
+
+
+def test_a_limited_run_looks_at_the_same_images_quick_or_not_and_checks_all_keys(tmp_path: Path) -> None:
+    size = (SIDE, SIDE)
+    rows = [[(f"k{shard}-{i}", as_png(10 * shard + i), size) for i in range(3)] for shard in range(4)]
+    rows[3][2] = ("k0-1", as_png(99), size)
+    uri = write_dataset(tmp_path / "data", rows)
+    quick, limited = diagnose(uri, is_quick=True, limit=2), diagnose(uri, limit=2)
+    assert [m.key for m in quick.measurements] == [m.key for m in limited.measurements] and len(quick.measurements) == 2
+    assert kinds(limited) == ["key", "partial"]
+    assert limited.findings[0].text == "k0-1 is in s0.tar and in s3.tar"
+
+
+def test_hashes_that_meet_by_chance_repeat_no_key(tmp_path: Path) -> None:
+    uri = make_dataset(tmp_path, count=8, shard_mb=0.01)
+    dataset = Dataset(uri)
+    counts = dataset.manifest.counts.tolist()
+    assert find_repeated_keys(dataset, {i: np.zeros(count, np.uint64) for i, count in enumerate(counts)}) == []
+    assert find_repeated_keys(dataset, {}) == []
+
+
+def test_tiles_are_joined_as_the_reader_joins_them(tmp_path: Path) -> None:
+    make_folders(tmp_path, count=5, size=(70, 90))
+    uri = str(tmp_path / "tiled")
+    pack(find_clean(tmp_path / "target"), uri, tile=32, overlap=8, shard_mb=0.02, jobs=1)
+    diagnosis = diagnose(uri)
+    assert list(diagnosis.subject.entries) == Dataset(uri).images() and diagnosis.subject.num_images == 5
+    assert len(diagnose(uri, limit=2).measurements) == len(diagnose(uri, limit=2, is_quick=True).measurements) == 2
+
+
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     uri = make_dataset(tmp_path, count=2)
     with pytest.raises(DataError, match="is no packed dataset"):
@@ -197,12 +267,14 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
         diagnose(uri, jobs=-1)
 
 
-def test_progress_reaches_its_total_once(tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    uri = make_dataset(tmp_path, count=5)
-    diagnose(uri, other_uri=uri, progress=lambda done, total: steps.append((done, total)))
-    total = len(Manifest.load(uri).shards) + 10
-    assert steps == [(done, total) for done in range(1, total + 1)]
+def test_progress_reaches_the_total_of_each_stage_once(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    uri = make_dataset(tmp_path, count=5, shard_mb=0.01)
+    diagnose(uri, other_uri=uri, progress=lambda *step: steps.append(step))
+    num_shards = len(Manifest.load(uri).shards)
+    expected = [("open", done, 2 * num_shards) for done in range(1, 2 * num_shards + 1)]
+    expected += [("examine", done, num_shards + 10) for done in range(1, num_shards + 11)]
+    assert num_shards > 1 and steps == expected
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
@@ -243,6 +315,34 @@ def test_the_page_shows_the_offenders_and_loads_nothing(tmp_path: Path) -> None:
     for kind in ("leak", "identical"):
         assert KINDS[kind].title in page
     assert "photo_002" in page and "not sound" in page and page.count("<svg") >= 4
+
+
+def test_the_page_shows_what_decodes_of_an_altered_sample(tmp_path: Path) -> None:
+    """A byte of a JPEG changes a few pixels; a PNG with one is no image any more."""
+    shown = {}
+    for codec in ("jpeg", "png"):
+        make_folders(tmp_path / codec, count=3, mask=True)
+        uri = str(tmp_path / codec / "data")
+        folders = [tmp_path / codec / name for name in ("input", "target", "mask")]
+        pack(find_pairs(folders[0], folders[1], mask=folders[2]), uri, codec=codec, jobs=1)
+        flip_byte(uri, "photo_001", "target")
+        diagnosis = diagnose(uri, is_quick=True)
+        assert [finding.keys for finding in diagnosis.findings if finding.kind == "altered"] == [("photo_001",)]
+        shown[codec] = [a["alt"] for tag, a in Tags(render(diagnosis, command="x")).found if tag == "img"]
+    assert shown["jpeg"] == ["photo_001.input", "photo_001.target, altered", "photo_001.mask"]
+    assert shown["png"] == ["photo_001.input", "photo_001.mask"]
+
+
+def test_of_an_altered_image_that_was_cut_the_tile_is_shown(tmp_path: Path) -> None:
+    make_folders(tmp_path, count=3, size=(70, 90))
+    uri = str(tmp_path / "tiled")
+    pack(find_clean(tmp_path / "target"), uri, tile=32, overlap=8, codec="jpeg", jobs=1)
+    key = next(entry.key for _, entry in Dataset(uri).entries() if entry.tile and entry.tile.image == "photo_001")
+    flip_byte(uri, key, "target")
+    diagnosis = diagnose(uri)
+    [(caption, image)] = diagnosis.subject.altered("photo_001")
+    assert (caption, image.shape) == (f"{key}.target, altered", (32, 32, 3))
+    assert diagnosis.subject.altered("photo_000") == []
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,28 @@ def test_what_was_read_before_an_interruption_is_not_read_again(tmp_path: Path) 
     result = index_tars(str(tmp_path), suffixes=PAIRS, jobs=1, progress=lambda *at: read.append(at))
     assert result.resumed == 1 and names_of(tmp_path) == ["a", "b", "c"]
     assert read[-1][0] == read[-1][1] == sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_known_of_each_tar_is_removed_by_threads_when_all_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, a hundred thousand tars of an object store would take hours."""
+    removed: dict[str, str] = {}
+    remove = storage.remove
+
+    def spy(uri: str) -> None:
+        removed[uri.rpartition("/")[2]] = threading.current_thread().name
+        assert (tmp_path / "manifest.json").exists() or uri.endswith("/.probe.idx.partial")
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove", spy)
+    for name in "abc":
+        write_tar(tmp_path / f"{name}.tar", pairs(name))
+    index_tars(str(tmp_path), suffixes=PAIRS, jobs=2)
+    del removed[".probe.idx.partial"]
+    assert sorted(removed) == [f"{name}.idx.partial" for name in "abc"]
+    assert all(name.startswith("index") for name in removed.values())
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,40 @@ def test_a_root_that_does_not_fit_is_told_the_expected_tree(
         find_layout(tmp_path, name)
     assert LAYOUTS[name].tree in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(DataError, match="laid out as none of raindrop, gopro"):
+        find_layout(tmp_path)
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.title, str.swapcase])
+@pytest.mark.parametrize("name, split, files, sample", TREES, ids=IDS)
+def test_upper_and_lower_case_are_alike(
+    tmp_path: Path,
+    name: str,
+    split: str,
+    files: list[str],
+    sample: tuple[str, str | None, str, str | None],
+    spell: Callable[[str], str],
+) -> None:
+    _make(tmp_path, [spell(file) for file in files])
+    layout = find_layout(tmp_path)
+    [pair] = layout.pairs(tmp_path, split)
+    assert layout.name == name and pair.name.lower() == sample[0].lower()
+    expected = [None if path is None else spell(path) for path in sample[1:]]
+    assert [_relative(path, tmp_path) for path in (pair.input, pair.target, pair.mask)] == expected
+
+
+def test_the_exact_spelling_counts_where_it_is_there(tmp_path: Path) -> None:
+    _make(tmp_path, ["our485/low/1.png", "our485/high/1.png", "our485/LOW/2.png", "Our485/low/3.png"])
+    [pair] = find_layout(tmp_path).pairs(tmp_path)
+    assert pair.input == tmp_path / "our485" / "low" / "1.png"
+
+
+@pytest.mark.parametrize("folder", ["train", "images/train", "img_align_celeba"])
+def test_a_layout_with_inputs_wins_over_clean_images_alone(tmp_path: Path, folder: str) -> None:
+    _make(tmp_path, [f"{folder}/8.jpg", "train/rain-1.png", "train/norain-1.png"])
+    assert LAYOUTS["rain100"].has_inputs and not (LAYOUTS["bsds"].has_inputs or LAYOUTS["celeba"].has_inputs)
+    assert find_layout(tmp_path).name == "rain100"
+    _make(tmp_path, ["our485/low/2.png", "our485/high/2.png"])
+    with pytest.raises(DataError, match="could be lol or rain100; choose with --layout"):
         find_layout(tmp_path)
 
 
