@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray.data
+from ray.exceptions import RayError, RayTaskError, UserCodeException
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.ray_session import quiet_ray_data, ray_session
 from data_pipeline import errors
-from data_pipeline.errors import RddmError
+from data_pipeline.errors import EnvironmentFault, RddmError
 from data_pipeline.pack_executors import Executor
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 MAX_BLOCKS = 2000  # a block holds one job, or several where there are very many
+MAX_RETRIES = 3  # of a task whose process or node died; Ray Data itself would try for ever
 
 
 class _RayExecutor:
@@ -27,16 +32,16 @@ class _RayExecutor:
         self._concurrency = jobs or None
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job], /) -> Iterator[Result]:
-        """Results in the order of the jobs; the first error that comes back is raised."""
+        """Results in the order of the jobs; the first error that comes back is raised.
+
+        Raises EnvironmentFault for a task that died again and again.
+        """
         rows = [{"number": number, "job": pickle.dumps((function, job))} for number, job in enumerate(jobs)]
         if not rows:
             return
-        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
-            _run, concurrency=self._concurrency
-        )
         early: dict[int, Result] = {}
         following = 0
-        for row in dataset.iter_rows():
+        for row in _mapped(rows, self._concurrency):
             if row["error"]:
                 name, _, text = row["error"].partition(":")
                 raise getattr(errors, name)(text)
@@ -52,9 +57,31 @@ def ray_tasks(jobs: int = 0) -> Iterator[Executor]:
 
     Every node must see source files and dataset under the same absolute paths or URLs.
     """
+    os.environ.setdefault("RAY_task_oom_retries", str(MAX_RETRIES))  # which Ray counts apart, and read when it starts
     with ray_session(cpus=jobs or 1):
         quiet_ray_data()
         yield _RayExecutor(jobs)
+
+
+def _mapped(rows: list[dict[str, Any]], concurrency: int | None) -> Iterator[dict[str, Any]]:
+    """What _run makes of the rows, in any order."""
+    blocks = min(len(rows), MAX_BLOCKS)
+    at_once = None if concurrency is None else min(concurrency, blocks)
+    with warnings.catch_warnings():
+        # Ray Data has no other way yet to say how often a task is tried.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = ray.data.from_items(rows, override_num_blocks=blocks).map(
+            _run, concurrency=at_once, max_retries=MAX_RETRIES
+        )
+    try:
+        yield from dataset.iter_rows()
+    except (RayTaskError, UserCodeException):
+        raise  # a bug in a job: its traceback counts
+    except RayError as error:
+        raise EnvironmentFault(
+            f"packing on Ray failed ({type(error).__name__}), after {MAX_RETRIES} retries where a task died, perhaps "
+            "for want of memory; lower --jobs or mend the cluster, then run the same command again"
+        ) from error
 
 
 def _run(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Literal
 
 import PIL
 
@@ -20,17 +21,19 @@ from data_pipeline.pack_executors import Executor, choose_executor
 from data_pipeline.pack_jobs import (
     Checked,
     CheckJob,
+    CutJob,
     EncodeJob,
     Recipe,
     Row,
     ShardJob,
     check_chunk,
     count_encoded_bytes,
+    cut_chunk,
     digest_chunk,
     measure_chunk,
     write_one_shard,
 )
-from data_pipeline.pack_output import Output, Plan, clear_staging, is_dataset
+from data_pipeline.pack_output import Output, Plan, clear_staging, is_dataset, is_interrupted, read_plan
 from data_pipeline.records import CODECS, JPEG_QUALITY, KEY_PATTERN
 from data_pipeline.rng import permutation
 from data_pipeline.sources import Pair, check_unique
@@ -40,6 +43,8 @@ AUTO_CODEC = "auto"
 SIZE_PROBES = 32
 # Pairs of a job that checks them: few enough to show progress, so many that their results are not too many files.
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 8, 256, 64
+# Images whose tiles go into one file: as many as make so many pixels, so that the file fits into memory well.
+CUT_PIXELS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,10 @@ class PackResult:
 @dataclass(frozen=True)
 class Outlook:
     """What a pack would write.   widths, heights: (least, most) pixels of the whole images; source_bytes: of all files;
-    num_samples: tiles where images are cut, else images"""
+    num_samples: tiles where images are cut, else images; course: a new dataset, an interrupted pack that goes on, or
+    the dataset is there"""
 
+    course: Literal["new", "continued", "reused"]
     num_images: int
     num_samples: int
     widths: tuple[int, int]
@@ -65,15 +72,16 @@ class Outlook:
 
 
 class _Progress:
-    """Counts pairs: half of each when it is checked, the other half when its samples are written."""
+    """Counts pairs: an equal share of each when it is checked, when it is cut into tiles (if it is), and when its
+    samples are written."""
 
-    def __init__(self, num_pairs: int, report: Callable[[int, int], None] | None) -> None:
-        self._num_pairs, self._report = num_pairs, report
-        self._checked = self._written = 0
+    def __init__(self, num_pairs: int, *, stages: int, report: Callable[[int, int], None] | None) -> None:
+        self._num_pairs, self._stages, self._report = num_pairs, stages, report
+        self._prepared = self._written = 0
         self._num_samples = 1
 
-    def checked(self, pairs: int) -> None:
-        self._checked += pairs
+    def prepared(self, pairs: int) -> None:
+        self._prepared += pairs
         self._tell()
 
     def written(self, samples: int, num_samples: int) -> None:
@@ -82,8 +90,8 @@ class _Progress:
 
     def _tell(self) -> None:
         if self._report is not None:
-            done = self._checked + self._written * self._num_pairs // self._num_samples
-            self._report(done // 2, self._num_pairs)
+            done = self._prepared + self._written * self._num_pairs // self._num_samples
+            self._report(done // self._stages, self._num_pairs)
 
 
 def pack(
@@ -109,30 +117,33 @@ def pack(
     text; tile, overlap: cut images into tiles of that many pixels a side, 0 for none; jobs: threads or processes, 0
     for one per core; executor: who works instead of these; progress(done, total) counts pairs.
 
-    Every image is decoded once before anything is written. The same dataset found at `out` is reused, an interrupted
-    pack of it is continued. After bad input nothing is left at `out`; what an interruption leaves is no dataset before
-    its manifest. Raises ConfigError, DataError, EnvironmentFault.
+    Every image is decoded once before anything is written, and once more where its pixels are stored anew, however many
+    tiles it makes. Until the end tiles wait in OUT/.packing, which takes their room once more. The same dataset found
+    at `out` is reused, an interrupted pack of it is continued. After bad input nothing is left at `out`; what an
+    interruption leaves is no dataset before its manifest. Raises ConfigError, DataError, EnvironmentFault.
     """
     recipe = _make_recipe(codec=codec, quality=quality, seed=seed, degrade=degrade, tile=tile, overlap=overlap)
-    if not (shard_mb > 0 and math.isfinite(shard_mb)):
-        raise ConfigError(f"--shard-mb={shard_mb} must be above 0")
-    if jobs < 0:
-        raise ConfigError(f"--jobs={jobs} must be 0 (one per core) or more")
+    _check_numbers(shard_mb=shard_mb, jobs=jobs)
     _check_pairs(pairs, recipe)
     pairs = sorted(pairs, key=lambda pair: pair.key)
     settings = _settings(recipe, seed=seed, shard_mb=shard_mb)
     workers = executor or choose_executor((path for pair in pairs for path in pair.files.values()), out, jobs=jobs)
     if is_dataset(out):
         with workers as work:
-            digests = chain.from_iterable(work.map(digest_chunk, _chunks(pairs)))
-            return _reuse(out, _source_digest(settings, zip(pairs, digests, strict=True)))
-    counter = _Progress(len(pairs), progress)
+            manifest = _find_same(out, _digest_files(pairs, settings, work))
+        clear_staging(out)
+        return PackResult(manifest, reused=True)
+    counter = _Progress(len(pairs), stages=3 if recipe.tiling else 2, report=progress)
     with Output(out) as output, workers as work:
-        checked = _check(pairs, output.staging, work, counter)
+        checked = _check(pairs, output, work, counter, out=out)
         rows = _plan_rows(pairs, checked, recipe)
-        rows = [rows[i] for i in permutation(seed, len(rows), "pack")]
         source_digest = _source_digest(settings, zip(pairs, (row.digests for row in checked), strict=True))
-        shards = _write(rows, recipe, output, work, counter, source_digest=source_digest, shard_mb=shard_mb, out=out)
+        digest = _plan_digest(source_digest)
+        cuts = output.place_cuts(digest)
+        if recipe.tiling is not None:
+            rows = _cut(pairs, checked, rows, recipe, work, counter, output=output, kept=cuts, out=out)
+        rows = [rows[i] for i in permutation(seed, len(rows), "pack")]
+        shards = _write(rows, recipe, output, work, counter, digest=digest, shard_mb=shard_mb, out=out)
         manifest = Manifest(
             shards=ShardTable.of(shards),
             fields=_fields(pairs, recipe),
@@ -146,18 +157,27 @@ def pack(
 
 def foresee(
     pairs: Sequence[Pair],
+    out: str,
     *,
+    shard_mb: float = 64.0,
     codec: str = AUTO_CODEC,
     quality: int = JPEG_QUALITY,
+    seed: int = 0,
     degrade: str = "",
     tile: int = 0,
     overlap: int = 0,
     jobs: int = 0,
 ) -> Outlook:
-    """What pack() would write, from the headers of the targets. Raises ConfigError, DataError as it does."""
-    recipe = _make_recipe(codec=codec, quality=quality, seed=0, degrade=degrade, tile=tile, overlap=overlap)
+    """What pack() would do, from the headers of the targets; nothing is written. Raises what it does.
+
+    Whole files are read only where something is at `out` that could be the same dataset.
+    """
+    recipe = _make_recipe(codec=codec, quality=quality, seed=seed, degrade=degrade, tile=tile, overlap=overlap)
+    _check_numbers(shard_mb=shard_mb, jobs=jobs)
     _check_pairs(pairs, recipe)
+    pairs = sorted(pairs, key=lambda pair: pair.key)
     with choose_executor((), "", jobs=jobs) as work:
+        course = _foresee_course(pairs, out, _settings(recipe, seed=seed, shard_mb=shard_mb), work)
         measured = list(chain.from_iterable(work.map(measure_chunk, _chunks(pairs))))
     widths, heights = [row[0] for row in measured], [row[1] for row in measured]
     num_samples = len(pairs)
@@ -165,6 +185,7 @@ def foresee(
         sizes = zip(heights, widths, strict=True)
         num_samples = sum(len(plan_tiles(*size, **recipe.tiling._asdict())) for size in sizes)
     return Outlook(
+        course=course,
         num_images=len(pairs),
         num_samples=num_samples,
         widths=(min(widths), max(widths)),
@@ -173,6 +194,19 @@ def foresee(
         fields=_fields(pairs, recipe),
         codec=recipe.codec,
     )
+
+
+def _foresee_course(
+    pairs: Sequence[Pair], out: str, settings: str, work: Executor
+) -> Literal["new", "continued", "reused"]:
+    if is_dataset(out):
+        _find_same(out, _digest_files(pairs, settings, work))
+        return "reused"
+    if not is_interrupted(out):
+        return "new"
+    plan = read_plan(out)
+    is_same = plan is None or plan.digest == _plan_digest(_digest_files(pairs, settings, work))
+    return "continued" if is_same else "new"
 
 
 def _make_recipe(*, codec: str, quality: int, seed: int, degrade: str, tile: int, overlap: int) -> Recipe:
@@ -195,6 +229,13 @@ def _make_recipe(*, codec: str, quality: int, seed: int, degrade: str, tile: int
         codec = "png" if makes_pixels else "keep"
     spec = parse_degradation(degrade).spec if degrade else ""
     return Recipe(codec, quality, spec, seed, Tiling(tile, overlap) if tile else None)
+
+
+def _check_numbers(*, shard_mb: float, jobs: int) -> None:
+    if not (shard_mb > 0 and math.isfinite(shard_mb)):
+        raise ConfigError(f"--shard-mb={shard_mb} must be above 0")
+    if jobs < 0:
+        raise ConfigError(f"--jobs={jobs} must be 0 (one per core) or more")
 
 
 def _check_pairs(pairs: Sequence[Pair], recipe: Recipe) -> None:
@@ -245,7 +286,18 @@ def _source_digest(settings: str, rows: Iterable[tuple[Pair, Mapping[str, str]]]
     return digest.hexdigest()
 
 
-def _reuse(out: str, source_digest: str) -> PackResult:
+def _plan_digest(source_digest: str) -> str:
+    # Another Pillow may compress to other bytes: shards of two versions do not go into one dataset.
+    return hashlib.sha256(f"{source_digest} {PIL.__version__}".encode()).hexdigest()
+
+
+def _digest_files(pairs: Sequence[Pair], settings: str, work: Executor) -> str:
+    digests = chain.from_iterable(work.map(digest_chunk, _chunks(pairs)))
+    return _source_digest(settings, zip(pairs, digests, strict=True))
+
+
+def _find_same(out: str, source_digest: str) -> Manifest:
+    """The manifest of the finished dataset. Raises DataError where it is another one or not whole."""
     manifest = Manifest.load(out)
     if manifest.source_digest != source_digest:
         raise DataError(
@@ -256,20 +308,50 @@ def _reuse(out: str, source_digest: str) -> PackResult:
     for shard in manifest.shards:
         if not {shard.name, shard.index_name} <= names or storage.size(storage.join(out, shard.name)) != shard.bytes:
             raise DataError(f"--out {out} is damaged: {shard.name} or its index is not whole; delete it and pack again")
-    clear_staging(out)
-    return PackResult(manifest, reused=True)
+    return manifest
 
 
-def _check(pairs: Sequence[Pair], staging: str, work: Executor, counter: _Progress) -> list[Checked]:
+def _check(pairs: Sequence[Pair], output: Output, work: Executor, counter: _Progress, *, out: str) -> list[Checked]:
     jobs = [
-        CheckJob(chunk, storage.join(staging, f"check-{number:05d}.json"))
+        CheckJob(chunk, storage.join(output.staging, f"check-{number:05d}.json"), out)
         for number, chunk in enumerate(_chunks(pairs))
     ]
     checked = []
     for rows in work.map(check_chunk, jobs):
+        output.check()
         checked += rows
-        counter.checked(len(rows))
+        counter.prepared(len(rows))
     return checked
+
+
+def _cut(
+    pairs: Sequence[Pair],
+    checked: Sequence[Checked],
+    tiles: Sequence[Row],
+    recipe: Recipe,
+    work: Executor,
+    counter: _Progress,
+    *,
+    output: Output,
+    kept: str,
+    out: str,
+) -> list[Row]:
+    """Make the tiles.   tiles: in the order of the pairs   ->  the same, each with the place where it waits"""
+    jobs: list[CutJob] = []
+    rows: list[Row] = []
+    pixels = 0
+    for number, (pair, found) in enumerate(zip(pairs, checked, strict=True), start=1):
+        rows.append(Row(pair.key, pair.name, pair, found))
+        pixels += found.width * found.height
+        if pixels >= CUT_PIXELS or number == len(pairs):
+            jobs.append(CutJob(tuple(rows), recipe, f"{kept}{len(jobs):06d}", out))
+            rows, pixels = [], 0
+    cuts = []
+    for job, made in zip(jobs, work.map(cut_chunk, jobs), strict=True):
+        output.check()
+        cuts += made
+        counter.prepared(len(job.rows))
+    return [replace(tile, cut=cut) for tile, cut in zip(tiles, cuts, strict=True)]
 
 
 def _plan_rows(pairs: Sequence[Pair], checked: Sequence[Checked], recipe: Recipe) -> list[Row]:
@@ -277,7 +359,7 @@ def _plan_rows(pairs: Sequence[Pair], checked: Sequence[Checked], recipe: Recipe
     rows = []
     for pair, found in zip(pairs, checked, strict=True):
         if recipe.tiling is None:
-            rows.append(Row(pair.key, pair.name, pair, found, None))
+            rows.append(Row(pair.key, pair.name, pair, found))
             continue
         for number, window in enumerate(plan_tiles(found.height, found.width, **recipe.tiling._asdict())):
             name = f"{pair.name}@{window.left},{window.top}"
@@ -295,13 +377,11 @@ def _write(
     work: Executor,
     counter: _Progress,
     *,
-    source_digest: str,
+    digest: str,
     shard_mb: float,
     out: str,
 ) -> list[ShardInfo]:
     """Write the shards that are not finished yet.   -> all of them, in order"""
-    # Another Pillow may compress to other bytes: shards of two versions do not go into one dataset.
-    digest = hashlib.sha256(f"{source_digest} {PIL.__version__}".encode()).hexdigest()
     num_shards = output.kept_num_shards(digest) or _count_shards(rows, recipe, work, shard_mb=shard_mb)
     plan = Plan(digest, num_shards)
     finished = output.begin(plan)
@@ -315,6 +395,7 @@ def _write(
         start += count
     counter.written(sum(info.count for info in finished.values()), len(rows))
     for job, info in zip(jobs, work.map(write_one_shard, jobs), strict=True):
+        output.check()
         finished[job.name] = info
         counter.written(info.count, len(rows))
     return [finished[name] for name in plan.shards]

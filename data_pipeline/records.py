@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.decode import RAW_EXTENSION, Window, decode_image
-from data_pipeline.errors import BadSample, ConfigError
+from data_pipeline.errors import BadSample, ConfigError, DataError
 
 FIELDS = ("input", "target", "mask")
 CODECS = ("keep", "png", "webp", "jpeg", "raw")
@@ -38,11 +38,18 @@ class Sample:
 
 
 def make_key(name: str) -> str:
-    """A key for a name: the name itself where it is plain and short, else what is plain of it and a hash."""
+    """A key for a name: the name itself where it is plain and short, else what is plain of it and a hash.
+
+    Raises DataError for a file name that is not UTF-8.
+    """
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)
     if plain == name and len(name) <= MAX_PLAIN_KEY:
         return name
-    return f"{plain[:MAX_PLAIN_KEY]}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
+    try:
+        data = name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the name {ascii(name)} is not UTF-8; rename the file") from error
+    return f"{plain[:MAX_PLAIN_KEY]}-{hashlib.blake2b(data, digest_size=5).hexdigest()}"
 
 
 def encode_image(image: np.ndarray, codec: str, *, quality: int = JPEG_QUALITY) -> tuple[str, bytes]:

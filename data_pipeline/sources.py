@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.decode import FORMATS
-from data_pipeline.errors import DataError
+from PIL import Image, UnidentifiedImageError
+
+from data_pipeline.decode import DECODE_ERRORS, EXIF_ORIENTATION, FORMATS, PILLOW_FORMATS, check_size
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.records import FIELDS, make_key
 
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # names listed in a message
+MAX_SHOWN = 60  # characters of each end of a long name in a message
 LIST_COLUMNS = (*FIELDS, "split")
 
 
@@ -109,12 +112,17 @@ def read_pair_list(
         for field in FIELDS if has_mask else FIELDS[:2]:
             text = row[columns.index(field)].strip()
             file = (roots[field] or path.parent) / text
-            if not text or not file.is_file():
+            try:
+                is_there = bool(text) and file.is_file()
+            except OSError as error:
+                raise DataError(f"{path} line {line}: {field} image {_short(text)}: {error.strerror}") from error
+            if not is_there:
                 raise DataError(f"{path} line {line}: {field} image {text!r} does not exist ({file})")
             found[field] = file
         files.append(found)
-    parent = Path(os.path.commonpath([str(found["input"].parent) for found in files]))
-    names = [found["input"].relative_to(parent).with_suffix("").as_posix() for found in files]
+    inputs = [found["input"].absolute() for found in files]  # a list may hold relative and absolute paths
+    parent = Path(os.path.commonpath([str(file.parent) for file in inputs]))
+    names = [file.relative_to(parent).with_suffix("").as_posix() for file in inputs]
     pairs = [
         Pair(make_key(name), name, found["input"], found["target"], found.get("mask"))
         for name, found in zip(names, files, strict=True)
@@ -143,27 +151,55 @@ def is_image(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower().removeprefix(".") in FORMATS
 
 
+def read_header(path: Path) -> tuple[int, int]:
+    """(width, height) of the upright image, as its header says: the file is not read as a whole.
+
+    An orientation that a PNG tells behind its pixels is not seen. Raises BadSample for what is no image of FORMATS,
+    OSError where the file cannot be opened.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    with open(path, "rb") as file:
+        try:
+            with Image.open(file, formats=PILLOW_FORMATS) as image:
+                check_size(*image.size)
+                # For the whole truth about a PNG Pillow would unpack its pixels; what it says before them is known.
+                exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+                is_turned = exif.get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if is_turned else (image.width, image.height)
+        except UnidentifiedImageError as error:
+            raise BadSample(f"not a readable {kind} image: its content is of no known format") from error
+        except DECODE_ERRORS as error:
+            raise BadSample(f"not a readable {kind} image: {' '.join(str(error).split())}") from error
+
+
 def scan_images(folder: Path, *, flag: str) -> dict[str, Path]:
     """Relative name without extension -> image, of a folder and the folders in it.
 
-    Hidden files are left out, files that are no images too (logged). flag: the option that named the folder. Raises
-    DataError for a missing or empty folder and for two images of one name.
+    Links to folders are followed. Hidden files are left out, files that are no images too (logged). flag: the option
+    that named the folder. Raises DataError for a missing or empty folder, one that cannot be listed, two images of one
+    name and a name that is not UTF-8.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise DataError(f"{flag} {folder} does not exist; give a folder of images")
-    if not folder.is_dir():
-        raise DataError(f"{flag} {folder} is not a folder; give a folder of images")
+    try:
+        if not folder.exists():
+            raise DataError(f"{flag} {folder} does not exist; give a folder of images")
+        if not folder.is_dir():
+            raise DataError(f"{flag} {folder} is not a folder; give a folder of images")
+        paths = sorted(_walk(folder))
+    except OSError as error:
+        raise DataError(
+            f"{flag} {_short(str(folder))} cannot be listed: {error.strerror} (at {_short(str(error.filename))})"
+        ) from error
     images: dict[str, Path] = {}
     others = []
-    for path in sorted(folder.rglob("*")):
+    for path in paths:
         relative = path.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts) or path.is_dir():
-            continue
         if not is_image(path.name):
             others.append(relative.as_posix())
             continue
         name = relative.with_suffix("").as_posix()
+        if not _is_text(name):
+            raise DataError(f"the name of {ascii(str(path))} is not UTF-8; rename it")
         if name in images:
             raise DataError(f"{images[name]} and {path} have one name, {name}; rename or remove one")
         images[name] = path
@@ -172,6 +208,52 @@ def scan_images(folder: Path, *, flag: str) -> dict[str, Path]:
     if others:
         log.warning("%d file(s) in %s are no images and left out: %s", len(others), folder, first_names(others))
     return images
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files of a folder and the folders in it, links followed, hidden ones left out. Raises OSError.
+
+    A link back to a folder that it lies in would never end: it is left out and logged.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    above = {str(folder): frozenset([_identity(str(folder))])}  # folder -> itself and those above it
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        chain = above.pop(parent)
+        kept = []
+        for name in folders:
+            path = os.path.join(parent, name)
+            if name.startswith("."):
+                continue
+            identity = _identity(path)
+            if identity in chain:
+                log.warning("%s leads back to a folder that it lies in and is left out", path)
+                continue
+            above[path] = chain | {identity}
+            kept.append(name)
+        folders[:] = kept
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _identity(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name has no bytes that Python could not read as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(text: str) -> str:
+    """The name for a message, its middle left out where it is very long."""
+    return repr(text if len(text) <= 2 * MAX_SHOWN else f"{text[:MAX_SHOWN]}...{text[-MAX_SHOWN:]}")
 
 
 def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -158,7 +158,8 @@ def read_range(uri: str, start: int, length: int, *, retry: RetryPolicy = DEFAUL
         thread = threading.get_ident()
         _local_reads[thread] = (uri, start, length, time.monotonic())
         try:
-            return os.pread(_open(uri.removeprefix("file://")).fileno(), length, start)
+            file = _open(uri.removeprefix("file://"))  # held: another thread may drop it from the table meanwhile
+            return os.pread(file.fileno(), length, start)
         finally:
             del _local_reads[thread]
     if length == 0:

@@ -67,7 +67,7 @@ def pack(
         "jobs": jobs,
     }
     if dry_run:
-        _describe(pairs, out, options)
+        _describe(pairs, out, shard_mb=shard_mb, seed=seed, **options)
         return 0
     pack_pairs(pairs, out, shard_mb=shard_mb, seed=seed, ray=ray, **options)
     return 0
@@ -169,15 +169,21 @@ def _absolute(pair: Pair) -> Pair:
     return replace(pair, **files)
 
 
-def _describe(pairs: Sequence[Pair], out: str, options: dict[str, Any]) -> None:
-    """Say what a pack would write."""
+def _describe(pairs: Sequence[Pair], out: str, **options: Any) -> None:
+    """Say what a pack would do."""
     from data_pipeline.pack import foresee
 
-    outlook = foresee(pairs, **options)
+    outlook = foresee(pairs, out, **options)
     tiles = f" in {outlook.num_samples} tiles" if options["tile"] else ""
     names = ", ".join(pair.name for pair in pairs[:SHOWN])
     (low_width, high_width), (low_height, high_height) = outlook.widths, outlook.heights
-    say(f"would pack {outlook.num_images} {_noun(outlook.fields, None)}{tiles} into {out}; nothing was written")
+    count = f"{outlook.num_images} {_noun(outlook.fields, None)}{tiles}"
+    if outlook.course == "reused":
+        say(f"would reuse {out}, which holds these {count}; nothing was written")
+    elif outlook.course == "continued":
+        say(f"would go on with the interrupted pack of {count} into {out}; nothing was written")
+    else:
+        say(f"would pack {count} into {out}; nothing was written")
     say(
         f"  fields {', '.join(outlook.fields)}; codec {outlook.codec}; source files {outlook.source_bytes / 1e6:.1f} MB"
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, EnvironmentFault
 from data_pipeline.pack import pack
+from data_pipeline.pack_jobs import CheckJob, check_chunk
 from data_pipeline.pack_output import STAGING
 from data_pipeline.sources import find_pairs
 from tests.support.datasets import make_folders
@@ -27,7 +28,8 @@ def _content(folder: Path) -> dict[str, bytes]:
 def test_ray_packs_the_same_bytes_and_tells_an_error_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One local Ray for both packs; the sources are given by relative paths, the workers stand elsewhere."""
+    """One local Ray for all; the sources are given by relative paths, the workers stand elsewhere."""
+    from cluster import ray_pack
     from cluster.ray_session import ray_session
     from rddm_dist.cli.data import pack_pairs
 
@@ -41,6 +43,15 @@ def test_ray_packs_the_same_bytes_and_tells_an_error_in_one_line(
         pairs[3].target.write_bytes(b"no image")
         with pytest.raises(DataError, match=r"target/photo_003\.png cannot be used"):
             pack_pairs(pairs, "bad", shard_mb=0.02, codec="png", seed=0, jobs=2, ray=True)
+        job = CheckJob(tuple(pairs[:1]), str(pairs[0].target.absolute() / "check.json"), "full")
+        monkeypatch.setattr(ray_pack, "MAX_RETRIES", 1)
+        with ray_pack.ray_tasks(2) as work:
+            with pytest.raises(EnvironmentFault, match="^--out full cannot be written: Not a directory$"):
+                list(work.map(check_chunk, [job]))
+            with pytest.raises(
+                EnvironmentFault, match=r"packing on Ray failed \(WorkerCrashedError\), after 1 retries"
+            ):
+                list(work.map(os._exit, [3]))
     assert _content(Path("on-ray")) == _content(Path("here"))
     assert not Path("bad").exists()
     output = capfd.readouterr()
@@ -70,6 +81,19 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Pa
     assert {name for name in kept if (tmp_path / "data" / f"{name}.tar").stat().st_mtime_ns == times[name]} == kept
     reused = rddm(*command, "data", cwd=tmp_path)
     assert reused.code == 0 and "reused data: 24 pairs" in reused.stdout, reused.text
+
+
+def test_mistakes_in_sources_and_output_are_told_in_one_line(tmp_path: Path) -> None:
+    """A file name that is not UTF-8, a name too long for a disk, and no output."""
+    _, target_dir = make_folders(tmp_path / "source", count=2)
+    empty = rddm("pack", "--clean", str(target_dir), "--out", "", "--dry-run", cwd=tmp_path)
+    (tmp_path / "pairs.tsv").write_text(f"{'x' * 5000}.png\tsource/target/photo_000.png\n")
+    long = rddm("pack", "--list", "pairs.tsv", "--out", "data", cwd=tmp_path)
+    (target_dir / "photo_000.png").rename(target_dir / os.fsdecode(b"caf\xe9.png"))
+    odd = rddm("pack", "--clean", str(target_dir), "--out", "data", cwd=tmp_path)
+    for result, message in ((empty, "--out is empty"), (long, "File name too long"), (odd, "is not UTF-8; rename it")):
+        assert result.code == 2 and result.stderr.count("\n") == 1, result.text
+        assert result.stderr.startswith("error: ") and message in result.stderr
 
 
 def test_a_dry_run_says_what_would_be_packed_and_writes_nothing(tmp_path: Path) -> None:

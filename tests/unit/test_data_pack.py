@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,15 +21,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline import storage
+from data_pipeline import pack_executors, storage
 from data_pipeline.decode import decode_image
 from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault
 from data_pipeline.manifest import Manifest
 from data_pipeline.pack import foresee, pack
-from data_pipeline.pack_executors import Executor, processes, threads
-from data_pipeline.pack_jobs import WORK_PREFIX, digest
-from data_pipeline.pack_output import STAGING, Output
+from data_pipeline.pack_executors import WORK_PREFIX, Executor, processes, threads
+from data_pipeline.pack_jobs import CheckJob, check_chunk, digest
+from data_pipeline.pack_output import STAGING, Output, clear_staging
 from data_pipeline.reader import Dataset
 from data_pipeline.rng import stable_id
 from data_pipeline.sources import Pair, find_clean, find_pairs
@@ -134,6 +137,45 @@ def test_what_a_pack_killed_at_its_very_end_left_is_removed_by_the_next(tmp_path
     assert _content(out) == before
 
 
+def test_a_dataset_that_is_just_being_finished_is_reused(tmp_path: Path) -> None:
+    """The one who packed it has written the manifest and still holds the staging folder."""
+    pairs = _pairs(tmp_path)
+    out = tmp_path / "data"
+    manifest = pack(pairs, str(out), jobs=1).manifest
+    (out / "manifest.json").rename(tmp_path / "manifest.json")
+    output = Output(str(out))
+    # What stands there now is a pack at its very end.
+    with pytest.raises(DataError, match="holds shard-00000.idx but no dataset"):
+        pack(pairs, str(out), jobs=1)
+    with output:
+        (tmp_path / "manifest.json").rename(out / "manifest.json")
+        again = pack(pairs, str(out), jobs=1)
+        assert again.reused and again.manifest == manifest and (out / STAGING / "lock").exists()
+    assert sorted(os.listdir(out)) == ["manifest.json", "shard-00000.idx", "shard-00000.tar"]
+
+
+def test_leftovers_in_a_read_only_dataset_are_told_and_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = _pairs(tmp_path)
+    out = tmp_path / "data"
+    pack(pairs, str(out), jobs=1)
+    (out / STAGING).mkdir()
+    opened = os.open
+
+    def refuse(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(out)):
+            raise OSError(30, "Read-only file system")
+        return opened(path, flags, *mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert pack(pairs, str(out), jobs=1).reused
+    assert "of a killed pack cannot be removed: [Errno 30] Read-only file system" in caplog.text
+    clear_staging(str(out))
+    assert not (out / STAGING).exists()
+
+
 def test_a_damaged_dataset_is_not_reused(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
     out = tmp_path / "data"
@@ -233,19 +275,21 @@ from data_pipeline.sources import find_pairs
 
 if __name__ == "__main__":
     source, out, executor = Path(sys.argv[1]), sys.argv[2], {"threads": threads, "processes": processes}[sys.argv[3]]
-    pack(find_pairs(source / "input", source / "target"), out, shard_mb=0.001, codec="webp", executor=executor(2))
+    pairs, tile = find_pairs(source / "input", source / "target"), int(sys.argv[4])
+    pack(pairs, out, shard_mb=0.001, codec="webp", tile=tile, executor=executor(2))
 """
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_a_killed_pack_is_continued_with_the_same_bytes(tmp_path: Path, kind: str) -> None:
-    """Twelve shards of one pair; killed when two are finished."""
-    pairs = _pairs(tmp_path, count=12, size=(128, 128))
-    options: dict[str, Any] = {"shard_mb": 0.001, "codec": "webp", "jobs": 2}
+@pytest.mark.parametrize("kind, tile", [("threads", 96), ("processes", 0), ("threads", 0)])
+def test_a_killed_pack_is_continued_with_the_same_bytes(tmp_path: Path, kind: str, tile: int) -> None:
+    """Twelve shards of one pair, or of one of its tiles; killed when two are finished."""
+    count = 3 if tile else 12
+    pairs = _pairs(tmp_path, count=count, size=(128, 128))
+    options: dict[str, Any] = {"shard_mb": 0.001, "codec": "webp", "jobs": 2, "tile": tile}
     pack(pairs, str(tmp_path / "whole"), **options)
     script, out = tmp_path / "killed.py", tmp_path / "data"
     script.write_text(KILLED)
-    process = start([sys.executable, str(script), str(tmp_path / "source"), str(out), kind], cwd=tmp_path)
+    process = start([sys.executable, str(script), str(tmp_path / "source"), str(out), kind, str(tile)], cwd=tmp_path)
     try:
         wait_until(lambda: len(list((out / STAGING).glob("shard-*.json"))) >= 2, timeout_s=30)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -296,6 +340,60 @@ def test_a_place_that_cannot_be_written_is_told_and_the_same_command_goes_on(
     pack(pairs, str(tmp_path / "data"), shard_mb=0.01, jobs=1)
     pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
     assert _content(tmp_path / "data") == _content(tmp_path / "whole")
+
+
+def test_a_manifest_that_a_killed_pack_had_begun_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = _pairs(tmp_path)
+    out = tmp_path / "data"
+    begun: list[Path] = []
+    replace = os.replace
+
+    def stop(source: Any, target: Any) -> None:
+        if Path(target).name == "manifest.json":
+            begun.append(Path(source))
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        pack(pairs, str(out), shard_mb=0.01, jobs=1)
+    begun[0].write_bytes(b'{"half')  # a kill leaves it where an error does not
+    pack(pairs, str(out), shard_mb=0.01, jobs=1)
+    begun[0].write_bytes(b'{"half')
+    assert pack(pairs, str(out), shard_mb=0.01, jobs=1).reused
+    pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
+    assert _content(out) == _content(tmp_path / "whole")
+    stranger = tmp_path / "other" / ".manifest.json-precious"
+    stranger.parent.mkdir()
+    stranger.write_bytes(b"mine")
+    with pytest.raises(DataError, match="holds .manifest.json-precious but no dataset"):
+        pack(pairs, str(stranger.parent), jobs=1)
+
+
+def test_a_check_that_cannot_be_kept_is_a_fault_of_the_place(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, count=1)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EnvironmentFault, match="^--out data cannot be written: Not a directory$"):
+        check_chunk(CheckJob(tuple(pairs), str(tmp_path / "file" / "check.json"), "data"))
+
+
+@pytest.mark.parametrize("place", ["folder", "url"])
+@pytest.mark.parametrize("name", ["shard-00001.tar", "shard-00001.idx"])
+def test_no_manifest_is_written_where_a_file_is_not_what_was_written(
+    tmp_path: Path, bucket: str, place: str, name: str
+) -> None:
+    pairs = _pairs(tmp_path)
+    out = str(tmp_path / "data") if place == "folder" else bucket
+    folder = storage.join(out, STAGING) if place == "folder" else out
+
+    def cut_short(done: int, total: int) -> None:
+        if done == total:
+            storage.write_bytes_atomic(storage.join(folder, name), b"cut")
+
+    with pytest.raises(DataError, match=f"{name} is not as it was written; see that nobody else writes there"):
+        pack(pairs, out, shard_mb=0.01, jobs=1, progress=cut_short)
+    assert storage.list_names(out) == []
+    pack(pairs, out, shard_mb=0.01, jobs=1)
 
 
 def test_bad_input_leaves_nothing_even_where_shards_were_finished(tmp_path: Path) -> None:
@@ -399,8 +497,9 @@ def bucket() -> Iterator[str]:
     """A folder of fsspec's memory:// filesystem."""
     uri = f"memory://{uuid.uuid4().hex}/data"
     yield uri
-    for name in storage.list_names(uri):
-        storage.remove(storage.join(uri, name))
+    for folder in (storage.join(uri, STAGING), uri):
+        for name in set(storage.list_names(folder)) - {STAGING}:
+            storage.remove(storage.join(folder, name))
 
 
 def _remote_content(uri: str) -> dict[str, bytes]:
@@ -447,6 +546,125 @@ def test_an_interrupted_upload_is_continued_and_finished_shards_are_not_sent_aga
     assert _remote_content(bucket) == content
     every = {name.partition(".")[0] for name in content} - {"manifest"}
     assert {name.partition(".")[0] for name in sent} == every - finished != set()
+
+
+def _overtake(bucket: str, *, age_s: float = 0.0) -> None:
+    """What another process that packs into the URL writes, `age_s` seconds ago."""
+    owner = json.dumps({"id": "another", "time": time.time() - age_s}).encode()
+    storage.write_bytes_atomic(storage.join(storage.join(bucket, STAGING), "owner.json"), owner)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_two_packs_into_one_url_the_second_is_refused_and_the_first_is_whole(
+    tmp_path: Path, bucket: str, seed: int
+) -> None:
+    """The second comes at every step of the first."""
+    pairs = _pairs(tmp_path)
+    refused = []
+
+    def disturb(done: int, total: int) -> None:
+        with pytest.raises(
+            DataError, match="--out memory://.* is being packed by another process, which wrote there 0 s"
+        ):
+            pack(pairs, bucket, shard_mb=0.01, seed=seed, jobs=1)
+        with pytest.raises(DataError, match="is being packed by another process"):
+            foresee(pairs, bucket)
+        refused.append(done)
+
+    pack(pairs, bucket, shard_mb=0.01, jobs=1, progress=disturb)
+    pack(pairs, str(tmp_path / "whole"), shard_mb=0.01, jobs=1)
+    assert len(refused) > 3 and _remote_content(bucket) == _content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("calls, num_shards", [(1, 0), (2, 2), (4, 2)])
+def test_a_pack_that_was_overtaken_leaves_the_others_files_and_writes_no_manifest(
+    tmp_path: Path, bucket: str, calls: int, num_shards: int
+) -> None:
+    """Reports: after the check, before the first shard, after each of two shards."""
+    reports: list[int] = []
+
+    def overtake(done: int, total: int) -> None:
+        reports.append(done)
+        if len(reports) == calls:
+            _overtake(bucket)
+
+    with pytest.raises(DataError, match="was taken over by another process; wait for it"):
+        pack(_pairs(tmp_path), bucket, shard_mb=0.02, jobs=1, progress=overtake)
+    names = storage.list_names(bucket)
+    assert STAGING in names and "manifest.json" not in names
+    assert len([name for name in names if name.endswith(".tar")]) == num_shards
+    assert b"another" in storage.read_bytes(storage.join(storage.join(bucket, STAGING), "owner.json"))
+
+
+def test_a_dataset_that_another_pack_finished_meanwhile_is_left_alone(tmp_path: Path, bucket: str) -> None:
+    def finish(done: int, total: int) -> None:
+        if done == total:
+            storage.write_bytes_atomic(storage.join(bucket, "manifest.json"), b"theirs")
+
+    with pytest.raises(DataError, match="was finished by another process meanwhile; run the command again"):
+        pack(_pairs(tmp_path), bucket, jobs=1, progress=finish)
+    assert {"manifest.json", "shard-00000.idx", "shard-00000.tar"} <= set(storage.list_names(bucket))
+    assert storage.read_bytes(storage.join(bucket, "manifest.json")) == b"theirs"
+
+
+def test_who_gives_no_sign_of_life_at_a_url_is_succeeded(tmp_path: Path, bucket: str) -> None:
+    pairs = _pairs(tmp_path)
+    _overtake(bucket, age_s=pack_executors.STALE_S - 5)
+    with pytest.raises(DataError, match="wrote there 115 s ago.* is taken over after 120 s"):
+        pack(pairs, bucket, jobs=1)
+    _overtake(bucket, age_s=pack_executors.STALE_S + 1)
+    pack(pairs, bucket, jobs=1)
+    assert storage.list_names(bucket) == ["manifest.json", "shard-00000.idx", "shard-00000.tar"]
+
+
+def test_the_owner_of_a_url_gives_signs_of_life_and_looks_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_executors, "BEAT_S", 0.02)
+    owner = storage.join(storage.join(bucket, STAGING), "owner.json")
+
+    def has_fault() -> bool:
+        try:
+            output.check()
+        except DataError:
+            return True
+        return False
+
+    with Output(bucket) as output:
+        first = storage.read_bytes(owner)
+        wait_until(lambda: storage.read_bytes(owner) != first)
+        assert not has_fault()
+        _overtake(bucket)
+        wait_until(has_fault)
+    assert b"another" in storage.read_bytes(owner)
+
+
+def test_a_full_folder_for_temporary_files_is_named(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is gone stands for one that is full."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(EnvironmentFault, match=r"the folder .*/gone, in which shards are made, .* set TMPDIR"):
+        pack(_pairs(tmp_path), bucket, jobs=1)
+
+
+def test_work_folders_of_killed_packs_are_swept_and_those_in_use_stay(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("killed", "in-use", "young"):
+        folder = tmp_path / "tmp" / f"{WORK_PREFIX}{name}"
+        folder.mkdir(parents=True)
+        (folder / "shard-00000.tar").write_bytes(b"half")
+        if name != "young":
+            os.utime(folder, (0, 0))
+    (tmp_path / "tmp" / "writing-of-others").mkdir()
+    lock = os.open(tmp_path / "tmp" / f"{WORK_PREFIX}in-use", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pack(_pairs(tmp_path), bucket, jobs=2)
+    finally:
+        os.close(lock)
+    left = sorted(os.listdir(tmp_path / "tmp"))
+    assert left == [f"{WORK_PREFIX}in-use", f"{WORK_PREFIX}young", "writing-of-others"]
 
 
 def test_nothing_is_left_of_bad_input_at_a_url(tmp_path: Path, bucket: str) -> None:
@@ -563,7 +781,15 @@ def test_the_quality_of_jpeg_counts(tmp_path: Path) -> None:
 
 def test_a_dry_run_foresees_what_is_packed(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, count=3, mask=True)
-    outlook = foresee(pairs, tile=32, overlap=4)
+    out = str(tmp_path / "data")
+    with pytest.raises(KeyboardInterrupt):
+        pack(pairs, out, tile=32, overlap=4, jobs=1, progress=_Interrupted(4, KeyboardInterrupt()))
+    before = _tree(Path(out))
+    assert foresee(pairs, out, tile=32, overlap=5).course == "new"
+    outlook = foresee(pairs, out, tile=32, overlap=4)
+    assert outlook.course == "continued" and _tree(Path(out)) == before
+    with Output(out), pytest.raises(DataError, match="is being packed by another process"):
+        foresee(pairs, out, tile=32, overlap=4)
     manifest = pack(pairs, str(tmp_path / "data"), tile=32, overlap=4, jobs=1).manifest
     assert (outlook.num_images, outlook.widths, outlook.heights) == (3, (48, 48), (40, 40))
     assert (outlook.num_samples, outlook.fields, outlook.codec) == (
@@ -572,6 +798,39 @@ def test_a_dry_run_foresees_what_is_packed(tmp_path: Path) -> None:
         manifest.codec,
     )
     assert outlook.source_bytes == sum(path.stat().st_size for pair in pairs for path in pair.files.values())
+    (tmp_path / "data" / STAGING).mkdir()
+    before = _tree(Path(out))
+    assert foresee(pairs, out, tile=32, overlap=4).course == "reused" and _tree(Path(out)) == before
+    assert foresee(pairs, str(tmp_path / "elsewhere")).course == "new" and not (tmp_path / "elsewhere").exists()
+    with pytest.raises(DataError, match="holds another dataset"):
+        foresee(pairs, out, seed=1, tile=32, overlap=4)
+    with pytest.raises(DataError, match="holds input but no dataset"):
+        foresee(pairs, str(tmp_path / "source"))
+    for name in ("", "file://"):
+        for run in (foresee, pack):
+            with pytest.raises(ConfigError, match="--out is empty; give a folder or an s3:// URL"):
+                run(pairs, name)
+
+
+def test_a_dry_run_reads_headers_alone(tmp_path: Path) -> None:
+    expected = _odd_images(tmp_path / "clean")
+    pairs = find_clean(tmp_path / "clean")
+    turned = pairs[[pair.name for pair in pairs].index("turned")]
+    assert (foresee([turned], "x").widths, foresee([turned], "x").heights) == ((24, 24), (32, 32))
+    assert foresee(pairs, "x").widths == (24, 32) and len(pairs) == len(expected)
+    os.truncate(tmp_path / "clean" / "rgb8.png", 100)  # within its pixels
+    assert foresee(pairs, "x").widths == (24, 32)
+    turned.target.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"turned\.png cannot be used: not a readable png image"):
+        foresee(pairs, "x")
+    turned.target.unlink()
+    with pytest.raises(DataError, match=r"turned cannot be read: No such file or directory"):
+        foresee(pairs, "x")
+
+
+def _tree(folder: Path) -> dict[str, int]:
+    """Every file and folder in a folder, and when it was changed."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def _odd_images(folder: Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,53 @@ def test_missing_and_empty_folders_are_named_with_their_flag(tmp_path: Path) -> 
     (tmp_path / "empty" / "notes.txt").write_text("no image")
     with pytest.raises(DataError, match="--target .*empty holds no images"):
         find_pairs(input_dir, tmp_path / "empty")
+
+
+def test_links_to_folders_are_followed_and_circles_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("clean/a.png", "elsewhere/b.png", "elsewhere/deep/c.png"):
+        _image(tmp_path / name)
+    (tmp_path / "clean" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "clean" / "again").symlink_to(tmp_path / "elsewhere" / "deep", target_is_directory=True)
+    (tmp_path / "clean" / "d.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "clean" / ".hidden").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert [pair.name for pair in find_clean(tmp_path / "clean")] == ["a", "again/c", "d", "more/b", "more/deep/c"]
+    assert not caplog.records
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "clean", target_is_directory=True)
+    names = [pair.name for pair in find_clean(tmp_path / "clean")]
+    assert [name for name in names if "up" not in name] == ["a", "again/c", "d", "more/b", "more/deep/c"]
+    assert "more/deep/up leads back to a folder that it lies in and is left out" in caplog.text
+    assert not any(name.startswith(("more/deep/up", "again/up")) for name in names)
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    _image(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    with pytest.raises(DataError, match=r"the name of '.*caf\\udce9\.png' is not UTF-8; rename it"):
+        find_clean(tmp_path)
+    with pytest.raises(DataError, match=r"the name 'caf\\udce9' is not UTF-8; rename the file"):
+        make_key(os.fsdecode(b"caf\xe9"))
+
+
+def test_a_list_may_mix_absolute_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folders(tmp_path, count=2)
+    monkeypatch.chdir(tmp_path)
+    rows = "input/photo_000.png\ttarget/photo_000.png\n{}input/photo_001.png\ttarget/photo_001.png\n"
+    Path("mixed.tsv").write_text(rows.format(f"{tmp_path}/"))
+    Path("plain.tsv").write_text(rows.format(""))
+    mixed, plain = read_pair_list(Path("mixed.tsv")), read_pair_list(Path("plain.tsv"))
+    assert [(pair.key, pair.name) for pair in mixed] == [(pair.key, pair.name) for pair in plain]
+    assert [pair.name for pair in plain] == ["photo_000", "photo_001"]
+
+
+def test_names_too_long_for_a_disk_are_told_in_a_short_line(tmp_path: Path) -> None:
+    make_folders(tmp_path, count=1)
+    table = tmp_path / "pairs.tsv"
+    table.write_text(f"input/photo_000.png\ttarget/photo_000.png\n{'x' * 5000}.png\ttarget/photo_000.png\n")
+    with pytest.raises(DataError, match=r"line 2: input image 'x+\.\.\.x+\.png': File name too long") as caught:
+        read_pair_list(table)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(DataError, match="--clean 'x.* cannot be listed: File name too long"):
+        find_clean(Path("x" * 5000))
 
 
 def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:

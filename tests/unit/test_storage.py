@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -383,3 +384,17 @@ def test_deleted_files_give_back_their_space_when_others_are_read(tmp_path: Path
         path.write_bytes(b"content")
         assert storage.read_range(str(path), 3, 9) == b"tent"
     assert len(storage._open_files) <= storage.MAX_OPEN_FILES
+
+
+def test_threads_that_read_more_files_than_stay_open_get_the_bytes_of_their_own(tmp_path: Path) -> None:
+    """A file dropped from the table of open files while another thread reads it must stay open for that thread."""
+    count = 3 * storage.MAX_OPEN_FILES
+    for number in range(count):
+        (tmp_path / str(number)).write_bytes(number.to_bytes(4, "little") * 8)
+
+    def read(turn: int) -> bool:
+        number = turn * 7919 % count
+        return storage.read_range(str(tmp_path / str(number)), 4, 4) == number.to_bytes(4, "little")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(20_000)))

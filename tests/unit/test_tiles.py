@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_pipeline import pack as pack_course
+from data_pipeline import pack_jobs, storage
 from data_pipeline.decode import Window, decode_image
-from data_pipeline.errors import BadSample, ConfigError
-from data_pipeline.manifest import Tiling
+from data_pipeline.degradations import Degradation, parse_degradation
+from data_pipeline.errors import BadSample, ConfigError, DataError
+from data_pipeline.index import Tile
+from data_pipeline.manifest import Manifest, Tiling
 from data_pipeline.pack import pack
+from data_pipeline.pack_output import STAGING
 from data_pipeline.reader import Dataset
+from data_pipeline.records import encode_image, encode_meta
+from data_pipeline.rng import permutation, stable_id
+from data_pipeline.shards import write_shard
 from data_pipeline.sources import find_clean, find_pairs
 from data_pipeline.tiles import assemble, plan_tiles
 from tests.support.datasets import make_dataset, make_folders, random_image
@@ -95,6 +105,147 @@ def test_a_degradation_is_the_same_tiled_and_whole(tmp_path: Path) -> None:
         a, b = whole.whole(one), tiled.whole(other)
         assert a.key == b.key and np.array_equal(a.target, b.target)
         assert np.array_equal(a.input, b.input) and np.array_equal(a.mask, b.mask)
+
+
+SPEC = "blur(sigma=2)+noise(sigma=25)+inpaint(mask=box)"
+
+
+def _tile_by_tile(targets: Path, folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The shards of a degraded dataset of tiles, each tile made of its image for itself.   -> file name -> content"""
+    assert manifest.tiling is not None
+    tiles = []
+    for pair in find_clean(targets):
+        height, width, _ = decode_image(pair.target.read_bytes(), "png", channels=3).shape
+        for number, window in enumerate(plan_tiles(height, width, **manifest.tiling._asdict())):
+            tiles.append((f"{pair.key}-{number:04d}", pair, window))
+    tiles = [tiles[i] for i in permutation(3, len(tiles), "pack")]
+    records = []
+    for key, pair, window in tiles:
+        target = decode_image(pair.target.read_bytes(), "png", channels=3)
+        height, width, _ = target.shape
+        ids = np.array([stable_id(pair.key)])
+        inputs, masks = parse_degradation(SPEC).apply(target[None], seed=3, ids=ids)
+        assert masks is not None
+        tile = Tile(pair.name, window.left, window.top, width, height)._asdict()
+        name, size = f"{pair.name}@{window.left},{window.top}", {"width": window.width, "height": window.height}
+        members = {"json": encode_meta(key=key, name=name, **size, tile=tile)}
+        for field, image in (("input", inputs[0]), ("target", target), ("mask", masks[0])):
+            extension, members_bytes = encode_image(window.cut(image), manifest.codec)
+            members[f"{field}.{extension}"] = members_bytes
+        records.append((key, members))
+    content: dict[str, bytes] = {}
+    start = 0
+    folder.mkdir()
+    for shard in manifest.shards:
+        written = write_shard(folder / shard.name, records[start : start + shard.count])
+        content |= {shard.name: (folder / shard.name).read_bytes(), shard.index_name: written.index}
+        start += shard.count
+    return content
+
+
+@pytest.mark.parametrize("place", ["folder", "url"])
+@pytest.mark.parametrize("pixels", [1, 4000, pack_course.CUT_PIXELS])
+def test_every_image_is_made_once_however_many_tiles_it_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, pixels: int
+) -> None:
+    """Decoded twice: when it is checked and when it is cut. The bytes are those of tiles made one by one."""
+    _, targets = make_folders(tmp_path / "source", count=5)
+    calls: Counter[str] = Counter()
+
+    def decode(*arguments: Any, **options: Any) -> np.ndarray:
+        calls["decode"] += 1
+        return decode_image(*arguments, **options)
+
+    degrade_whole = Degradation.apply
+
+    def degrade(*arguments: Any, **options: Any) -> Any:
+        calls["degrade"] += 1
+        return degrade_whole(*arguments, **options)
+
+    out = str(tmp_path / "data") if place == "folder" else f"memory://{uuid.uuid4().hex}/data"
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_jobs, "decode_image", decode)
+        patch.setattr(Degradation, "apply", degrade)
+        patch.setattr(pack_course, "CUT_PIXELS", pixels)
+        options: dict[str, Any] = {"degrade": SPEC, "tile": 16, "overlap": 3, "seed": 3, "shard_mb": 0.02}
+        manifest = pack(find_clean(targets), out, jobs=2, **options).manifest
+    assert calls == {"decode": 10, "degrade": 5} and manifest.num_samples == 5 * 12 and len(manifest.shards) > 3
+    names = storage.list_names(out)
+    content = {name: storage.read_bytes(storage.join(out, name)) for name in names}
+    assert content.pop("manifest.json") == manifest.to_json()
+    assert content == _tile_by_tile(targets, tmp_path / "one-by-one", manifest)
+
+
+@pytest.mark.parametrize("calls", [2, 4, 7])
+def test_an_interrupted_tiling_goes_on_without_doing_again_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Reports: after the check, after each of five images, before the first shard, after each shard."""
+    _, targets = make_folders(tmp_path / "source", count=5)
+    options: dict[str, Any] = {"tile": 16, "codec": "webp", "shard_mb": 0.01, "jobs": 1}
+    pack(find_clean(targets), str(tmp_path / "whole"), **options)
+    monkeypatch.setattr(pack_course, "CUT_PIXELS", 1)
+    reports: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        reports.append(done)
+        if len(reports) == calls:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "data"
+    with pytest.raises(KeyboardInterrupt):
+        pack(find_clean(targets), str(out), progress=stop, **options)
+    cut = len(list((out / STAGING).glob("cut-*.json")))
+    assert cut >= min(calls - 1, 5)
+    decoded: list[int] = []
+
+    def decode(*arguments: Any, **options: Any) -> np.ndarray:
+        decoded.append(1)
+        return decode_image(*arguments, **options)
+
+    monkeypatch.setattr(pack_jobs, "decode_image", decode)
+    reports.clear()
+    pack(find_clean(targets), str(out), progress=lambda done, total: reports.append(done), **options)
+    assert len(decoded) == 5 - cut and reports == sorted(reports) and reports[-1] == 5
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
+def test_tiles_of_another_pack_make_room(tmp_path: Path) -> None:
+    _, targets = make_folders(tmp_path / "source", count=3)
+    out = tmp_path / "data"
+    seen: list[set[str]] = []
+
+    def look(done: int, total: int) -> None:
+        seen.append({path.name for path in (out / STAGING).glob("cut-*")})
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    for tile in (16, 24):
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            pack(find_clean(targets), str(out), tile=tile, jobs=1, progress=look)
+        assert len(seen[-1]) == 2
+    pack(
+        find_clean(targets),
+        str(out),
+        jobs=1,
+        progress=lambda done, total: seen.append({path.name for path in out.rglob("cut-*")}),
+    )
+    assert seen[-1] == set()
+
+
+def test_waiting_tiles_that_were_cut_short_are_named(tmp_path: Path) -> None:
+    _, targets = make_folders(tmp_path / "source", count=3)
+    out = tmp_path / "data"
+
+    def cut_short(done: int, total: int) -> None:
+        for path in (out / STAGING).glob("cut-*.bin"):
+            path.write_bytes(b"short")
+
+    with pytest.raises(DataError, match=r"cut-.*-000000\.bin was removed or cut short while it was in use; pack again"):
+        pack(find_clean(targets), str(out), tile=16, jobs=1, progress=cut_short)
+    assert not out.exists()
 
 
 def test_real_photographs_come_back_from_their_tiles(shared_data: Path, tmp_path: Path) -> None:
