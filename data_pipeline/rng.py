@@ -127,6 +127,10 @@ class Draws:
         """(B,) int64, uniform in 1..T."""
         return integers(self.seed, "timestep", self.ids, num_timesteps).to(self.device) + 1
 
+    def self_condition(self) -> Tensor:
+        """(B,) bool: whether a sample in training is shown the network's own estimate; probability 1/2."""
+        return integers(self.seed, "self_condition", self.ids, 2).to(self.device) == 1
+
     def noise(self, shape: torch.Size | tuple[int, ...], step: int = 0) -> Tensor:
         """Standard normal noise.   shape: (B, C, H, W)  ->  float32; `step` tells a sampler's draws apart."""
         _, channels, height, width = shape

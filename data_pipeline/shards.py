@@ -113,5 +113,6 @@ def read_members(
                 f"{entry.key}.{member.field}.{extension}: {shard_uri} ends after {len(content)} of {member.size} bytes"
             )
         if zlib.crc32(content) != member.crc32:
-            raise AlteredSample(f"{entry.key}.{member.field}.{extension}: its bytes in {shard_uri} are not those packed")
+            name = f"{entry.key}.{member.field}.{extension}"
+            raise AlteredSample(f"{name}: its bytes in {shard_uri} are not those packed")
     return found

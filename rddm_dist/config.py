@@ -96,6 +96,8 @@ class DataSection(Section):
 
 class ScheduleSection(Section):
     kind: Literal["linear", "power", "ddim"] = _key("linear", IDENTITY, "Coefficient family (spec of RDDM, eq. 13)")
+    alpha_kind: Literal["same", "linear", "power", "ddim"] = _key("same", IDENTITY, "Family of alpha; same: kind")
+    beta2_kind: Literal["same", "linear", "power", "ddim"] = _key("same", IDENTITY, "Family of beta^2; same: kind")
     alpha: Literal["decreased", "increased", "average", "normal"] = _key("decreased", IDENTITY, "Shape of alpha")
     beta2: Literal["decreased", "increased", "average", "normal"] = _key("increased", IDENTITY, "Shape of beta^2")
     alpha_power: float = _key(1.0, IDENTITY, "Exponent of alpha in the power family", ge=0)
@@ -112,7 +114,13 @@ class DiffusionSection(Section):
         "pred_noise",
         "pred_res",
         "pred_x0",
-    ] = _key("pred_res_noise", IDENTITY, "What the network predicts")
+        "pred_v",
+    ] = _key("pred_res_noise", IDENTITY, "What the network predicts; pred_v goes with process ddpm")
+    process: Literal["rddm", "ddpm"] = _key(
+        "rddm",
+        IDENTITY,
+        "ddpm: the baseline, a diffusion of the image alone that only the network's condition restores",
+    )
     loss: Literal["l1", "l2"] = _key("l1", IDENTITY, "Distance between prediction and target")
     num_timesteps: int = _key(1000, IDENTITY, "Timesteps T of the forward process", ge=1, le=100_000)
     schedule: ScheduleSection = ScheduleSection()
@@ -125,12 +133,14 @@ class DiffusionSection(Section):
 
 
 class ModelSection(Section):
+    kind: Literal["unet", "shared_encoder"] = _key("unet", IDENTITY, "shared_encoder: one encoder, two decoders")
     dim: int = _key(64, IDENTITY, "Base width, a multiple of 8", ge=8)
     dim_mults: tuple[Annotated[int, Field(ge=1)], ...] = _key(
         (1, 2, 4, 8), IDENTITY, "Width of each level as a multiple of dim", min_length=1
     )
     num_nets: int = _key(2, IDENTITY, "U-Nets: 2 for objectives with two outputs, 1 for one", ge=1, le=2)
     condition: Literal["none", "input", "input_mask"] = _key("input", IDENTITY, "What the network sees besides x_t")
+    self_condition: bool = _key(False, IDENTITY, "Show the network its own last estimate of x0")
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
@@ -171,6 +181,11 @@ class EmaSection(Section):
 
 class SampleSection(Section):
     steps: int = _key(5, EXTENDABLE, "Sampling steps of previews, and the default of evaluate and restore", ge=1)
+    update: Literal["pred_noise", "x0", "eta0", "eta1"] = _key("pred_noise", EXTENDABLE, "Update rule of the sampler")
+    path: Literal["simultaneous", "residual_first", "noise_first", "two_pass"] | tuple[tuple[float, float], ...] = _key(
+        "simultaneous", EXTENDABLE, "What is removed first, or a list of [alpha_cumsum, beta_cumsum] down to [0, 0]"
+    )
+    use: Literal["all", "residual", "noise", "x0"] = _key("all", EXTENDABLE, "The output of two that is used alone")
     eta: float = _key(0.0, EXTENDABLE, "Stochasticity of the sampler; 0: deterministic", ge=0, le=1)
     every: int = _key(1000, EXTENDABLE, "Training steps between previews (grid and PSNR); 0: none", ge=0)
     images: int = _key(4, EXTENDABLE, "Images in a preview", ge=1, le=64)
@@ -207,8 +222,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        outputs = 1 if self.diffusion.objective in ("pred_noise", "pred_res", "pred_x0") else 2
-        if self.model.num_nets != outputs:
+        outputs = 1 if self.diffusion.objective in ("pred_noise", "pred_res", "pred_x0", "pred_v") else 2
+        if self.model.kind == "shared_encoder":
+            if outputs != 2:
+                raise ValueError(
+                    f"model.kind=shared_encoder has two outputs, diffusion.objective={self.diffusion.objective} one; "
+                    "choose an objective of two, such as pred_res_add_noise, or model.kind=unet"
+                )
+        elif self.model.num_nets != outputs:
             raise ValueError(
                 f"model.num_nets={self.model.num_nets} does not fit diffusion.objective={self.diffusion.objective}; "
                 f"set model.num_nets={outputs}"

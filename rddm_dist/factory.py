@@ -5,16 +5,18 @@ from __future__ import annotations
 from rddm_dist.config import DiffusionSection, ModelSection
 from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.diffusion.schedule import make_schedule as build_schedule
-from rddm_dist.model.net import RddmNet
+from rddm_dist.model.net import Network, build_net
 
 
-def make_net(model: ModelSection, *, activation_checkpointing: bool = False) -> RddmNet:
+def make_net(model: ModelSection, *, activation_checkpointing: bool = False) -> Network:
     """The network with freshly drawn weights (from torch's current generator)."""
-    return RddmNet(
-        model.dim,
-        model.dim_mults,
+    return build_net(
+        kind=model.kind,
+        dim=model.dim,
+        dim_mults=model.dim_mults,
         num_nets=model.num_nets,
         condition=model.condition,
+        self_condition=model.self_condition,
         activation_checkpointing=activation_checkpointing,
     )
 

@@ -11,7 +11,7 @@ from data_pipeline.errors import ModelError
 from rddm_dist.config import Config, load_config, parse_config
 from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.factory import make_net, make_schedule
-from rddm_dist.model.net import RddmNet
+from rddm_dist.model.net import Network
 from rddm_dist.model.weights import load_safetensors, weights_digest
 
 
@@ -22,7 +22,7 @@ class Model:
     `digest` is the sha256 of the weights; `path` the file or checkpoint folder they came from.
     """
 
-    net: RddmNet
+    net: Network
     schedule: Schedule
     config: Config
     digest: str

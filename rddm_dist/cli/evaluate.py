@@ -93,7 +93,16 @@ def evaluate_model(
     from rddm_dist.evaluation.summary import build_report, write_report_files
 
     settings.check()
-    check_sampling(model.schedule, objective=model.config.diffusion.objective, steps=settings.steps, eta=settings.eta)
+    check_sampling(
+        model.schedule,
+        objective=model.config.diffusion.objective,
+        steps=settings.steps,
+        eta=settings.eta,
+        update=model.config.sample.update,
+        process=model.config.diffusion.process,
+        path=model.config.sample.path,
+        use=model.config.sample.use,
+    )
     manifest = Manifest.load(data)
     if model.config.model.condition == "input_mask" and not manifest.has_mask:
         raise ConfigError(f"the model needs masks and {data} has none; pack it with --mask")

@@ -1,8 +1,7 @@
-"""Objectives: what the network's outputs are trained towards, and what they say about residual, noise and x0."""
+"""Objectives: what the network's outputs are trained towards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,82 +9,87 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.rng import Draws
-from rddm_dist.diffusion.process import network_times, q_sample
-from rddm_dist.diffusion.schedule import Schedule, gather
+from rddm_dist.diffusion.prediction import Estimator, Net, name_outputs
+from rddm_dist.diffusion.process import Levels, levels_at, network_times, process_input, q_sample
+from rddm_dist.diffusion.schedule import Schedule
 
-# A network as the loss and the samplers see it: net(x_t, times, x_in, mask) -> one tensor per output.
-Net = Callable[[Tensor, tuple[Tensor, Tensor], Tensor, Tensor | None], Sequence[Tensor]]
-
-# What each output of the network is.
-OUTPUTS: dict[str, tuple[str, ...]] = {
-    "pred_res_noise": ("residual", "noise"),
-    "pred_res_add_noise": ("residual", "residual + noise"),
-    "pred_x0_noise": ("x0", "noise"),
-    "pred_x0_add_noise": ("x0", "x0 + noise"),
-    "pred_noise": ("noise",),
-    "pred_res": ("residual",),
-    "pred_x0": ("x0",),
-}
-OBJECTIVES: dict[str, int] = {objective: len(parts) for objective, parts in OUTPUTS.items()}
 LOSSES = ("l1", "l2")
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A complete estimate, each (B, C, H, W) float32."""
+class NoisedBatch:
+    """Training states with the truth about them.
 
+    x0, x_in, residual, noise, x_t: (B, C, H, W) float32, x_in that of the process, residual = x_in - x0; t: (B,) int64
+    in 1..T; times: 2 x (B,) float32, what the network is told.
+    """
+
+    x0: Tensor
+    x_in: Tensor
     residual: Tensor
     noise: Tensor
-    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    times: tuple[Tensor, Tensor]
+    levels: Levels
 
 
-def complete_prediction(
-    outputs: Sequence[Tensor],
-    *,
+def noise_batch(
+    schedule: Schedule, *, x0: Tensor, x_in: Tensor, draws: Draws, time_input: str = "index", process: str = "rddm"
+) -> NoisedBatch:
+    """Bring images to drawn timesteps.   x0, x_in: (B, C, H, W) float32 in [-1, 1]; draws: of these B samples."""
+    t = draws.timesteps(schedule.num_timesteps)
+    noise = draws.noise(x0.shape)
+    x_in = process_input(process, x_in)
+    residual = x_in - x0
+    return NoisedBatch(
+        x0=x0,
+        x_in=x_in,
+        residual=residual,
+        noise=noise,
+        x_t=q_sample(schedule, x0=x0, residual=residual, noise=noise, t=t),
+        t=t,
+        times=network_times(schedule, t, time_input),
+        levels=levels_at(schedule, t),
+    )
+
+
+def output_losses(
+    net: Net,
     schedule: Schedule,
+    *,
     objective: str,
-    x_t: Tensor,
+    x0: Tensor,
     x_in: Tensor,
-    t: Tensor,
-    clip_residual: tuple[float, float] | None,
-    clip_x0: bool,
-) -> Prediction:
-    """Residual, noise and x0 from the outputs of a network; the one place that knows what outputs mean.
+    draws: Draws,
+    mask: Tensor | None = None,
+    loss: str = "l1",
+    time_input: str = "index",
+    process: str = "rddm",
+    self_condition: bool = False,
+    clip_residual: tuple[float, float] | None = (-2.0, 2.0),
+) -> tuple[Tensor, ...]:
+    """Per sample and output the distance to the target, mean over pixels: what one optimizer per network minimises.
 
-    outputs: one or two (B, C, H, W) of any float type; x_t, x_in: (B, C, H, W) float32; t: (B,) int64 in 1..T.
-    `clip_residual` is the range residuals are clamped to (true ones span [-2, 2], the authors clamp to [-1, 1]), None
-    for no clamp; `clip_x0` clamps x0 to [-1, 1].
-    Noise alone cannot tell x0 where 1 - alpha_cumsum[t] = 0; `sampler.check_sampling` refuses that beforehand.
+    x0, x_in: (B, C, H, W) float32 in [-1, 1], for generation x_in = 0; mask: (B, 1 or C, H, W) float32 in [0, 1] or
+    None; draws: timesteps, noise and, with self_condition, coins of these B samples  ->  per output (B,) float32 with
+    gradients, which reach the network of that output only.
+    With process=ddpm the process runs with x_in = 0 and the network still sees x_in. A self-conditioned network is
+    asked a second time, before and without gradient; half of the samples, by their coins, then see that estimate of
+    x0 (made with residuals clamped to `clip_residual`), the others 0. All batches make both calls.
     """
-    parts = _name_outputs(outputs, objective)
-    alpha_cumsum, beta_cumsum = gather(schedule.alpha_cumsum, t), gather(schedule.beta_cumsum, t)
-
-    def clip(residual: Tensor) -> Tensor:
-        return residual if clip_residual is None else residual.clamp(*clip_residual)
-
-    def clip_image(x0: Tensor) -> Tensor:
-        return x0.clamp(-1, 1) if clip_x0 else x0
-
-    if objective == "pred_noise":
-        noise = parts["noise"]
-        x0 = (x_t - alpha_cumsum * x_in - beta_cumsum * noise) / gather(schedule.one_minus_alpha_cumsum, t)
-        x0 = clip_image(x0)
-        return Prediction(clip(x_in - x0), noise, x0)
-    residual = clip(parts["residual"] if "residual" in parts else x_in - parts["x0"])
-    if OBJECTIVES[objective] == 1:
-        # x_t = x_in + (alpha_cumsum - 1) * residual + beta_cumsum * noise, solved for the noise. A state without noise
-        # (beta_cumsum = 0) says nothing about it, and nothing is ever multiplied with it: 0.
-        scaled_noise = x_t - x_in - (alpha_cumsum - 1) * residual
-        noise = torch.where(beta_cumsum > 0, scaled_noise / beta_cumsum.clamp(min=1e-12), 0.0)
-        return Prediction(residual, noise, clip_image(x_in - residual))
-    if "noise" in parts:
-        noise = parts["noise"]
-    elif "residual + noise" in parts:
-        noise = parts["residual + noise"] - parts["residual"]
-    else:
-        noise = parts["x0 + noise"] - parts["x0"]
-    x0 = parts["x0"] if "x0" in parts else x_t - alpha_cumsum * residual - beta_cumsum * noise
-    return Prediction(residual, noise, clip_image(x0))
+    check_loss(loss)
+    if objective == "pred_v" and process != "ddpm":
+        raise ConfigError(f"diffusion.objective=pred_v does not fit diffusion.process={process}; set it to ddpm")
+    batch = noise_batch(schedule, x0=x0, x_in=x_in, draws=draws, time_input=time_input, process=process)
+    x_self = None
+    if self_condition:
+        with torch.no_grad():
+            estimate = Estimator(net, objective, x_in, mask=mask, process=process, clip_residual=clip_residual)
+            first = estimate(batch.x_t, times=batch.times, levels=batch.levels, previous=None)
+        x_self = shown_estimate(first.x0, draws)
+    parts = name_outputs(net(batch.x_t, batch.times, x_in, mask, x_self), objective)
+    return tuple(distance(output, _target(name, batch), loss) for name, output in parts.items())
 
 
 def training_loss(
@@ -100,48 +104,60 @@ def training_loss(
     mask: Tensor | None = None,
     loss: str = "l1",
     time_input: str = "index",
+    process: str = "rddm",
+    self_condition: bool = False,
+    clip_residual: tuple[float, float] | None = (-2.0, 2.0),
 ) -> Tensor:
-    """Per-sample losses: the distance of each output to its target, mean over pixels, summed over outputs.
+    """Per-sample losses: `output_losses` summed over outputs.
 
-    x0, x_in: (B, C, H, W) float32 in [-1, 1], for generation x_in = 0; mask: (B, 1 or C, H, W) float32 in [0, 1] or
-    None; weight: (B,) float32 that multiplies the losses; draws: timesteps and noise of these B samples
-    ->  (B,) float32 with gradients.
+    weight: (B,) float32 that multiplies the losses; for the others see `output_losses`  ->  (B,) float32 with
+    gradients.
     """
-    if loss not in LOSSES:
-        raise ConfigError(f"diffusion.loss={loss} is not known; choose one of {', '.join(LOSSES)}")
-    t = draws.timesteps(schedule.num_timesteps)
-    noise = draws.noise(x0.shape)
-    residual = x_in - x0
-    x_t = q_sample(schedule, x0=x0, residual=residual, noise=noise, t=t)
-    parts = _name_outputs(net(x_t, network_times(schedule, t, time_input), x_in, mask), objective)
-    total = torch.zeros(len(x0), dtype=torch.float32, device=x0.device)
-    for name, output in parts.items():
-        error = output - _target(name, residual=residual, noise=noise, x0=x0)
-        total = total + (error.abs() if loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    first, *others = output_losses(
+        net,
+        schedule,
+        objective=objective,
+        x0=x0,
+        x_in=x_in,
+        draws=draws,
+        mask=mask,
+        loss=loss,
+        time_input=time_input,
+        process=process,
+        self_condition=self_condition,
+        clip_residual=clip_residual,
+    )
+    total = first
+    for other in others:
+        total = total + other
     return total if weight is None else total * weight
 
 
-def check_objective(objective: str) -> None:
-    """Raise ConfigError for an unknown objective."""
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"diffusion.objective={objective} is not known; choose one of {', '.join(OBJECTIVES)}")
+def shown_estimate(x0: Tensor, draws: Draws) -> Tensor:
+    """What a self-conditioned network is shown in training: the estimate where the sample's coin fell so, else 0.
+
+    x0: (B, C, H, W) float32  ->  the same.
+    """
+    return torch.where(draws.self_condition().reshape(-1, 1, 1, 1), x0, torch.zeros_like(x0))
 
 
-def _name_outputs(outputs: Sequence[Tensor], objective: str) -> dict[str, Tensor]:
-    """The outputs as float32 under the names of OUTPUTS; ConfigError where their number does not fit."""
-    check_objective(objective)
-    names = OUTPUTS[objective]
-    if len(outputs) != len(names):
-        raise ConfigError(
-            f"diffusion.objective={objective} needs {len(names)} network outputs but the network has {len(outputs)}; "
-            f"set model.num_nets={len(names)}"
-        )
-    return {name: output.float() for name, output in zip(names, outputs, strict=True)}
+def distance(output: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Mean over pixels of |error| (l1) or error^2 (l2).   Both: (B, C, H, W) float32  ->  (B,) float32."""
+    error = output - target
+    return (error.abs() if loss == "l1" else error.square()).mean(dim=(1, 2, 3))
 
 
-def _target(name: str, *, residual: Tensor, noise: Tensor, x0: Tensor) -> Tensor:
-    """What the output called `name` should be; a name is a sum of the three quantities."""
-    known = {"residual": residual, "noise": noise, "x0": x0}
+def check_loss(loss: str) -> None:
+    """Raise ConfigError for an unknown loss."""
+    if loss not in LOSSES:
+        raise ConfigError(f"diffusion.loss={loss} is not known; choose one of {', '.join(LOSSES)}")
+
+
+def _target(name: str, batch: NoisedBatch) -> Tensor:
+    """What the output called `name` should be; a name is velocity or a sum of residual, noise and x0."""
+    if name == "velocity":
+        return (1 - batch.levels.alpha_cumsum) * batch.noise - batch.levels.beta_cumsum * batch.x0
+    known = {"residual": batch.residual, "noise": batch.noise, "x0": batch.x0}
     first, *rest = name.split(" + ")
     target = known[first]
     for other in rest:

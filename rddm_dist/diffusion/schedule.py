@@ -13,6 +13,7 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError
 
 KINDS = ("linear", "power", "ddim")
+PART_KINDS = ("same", *KINDS)
 SHAPES = {"linear": ("decreased", "increased", "average"), "power": ("decreased", "increased", "average", "normal")}
 DDPM_BETAS = ("linear", "scaled_linear", "squaredcos")
 PARITIES = ("clean", "official")
@@ -29,11 +30,15 @@ class Schedule:
     x_t = x0 + alpha_cumsum[t] * residual + beta_cumsum[t] * noise, with residual = x_in - x0.
     The exact posterior q(x_{t-1} | x_t, x0, residual) has mean coef1 * x_t + coef2 * residual + coef3 * x0.
     Row 0 of the posterior tables is not used by anything and holds the identity on x0.
+    Noise-only prediction takes x0 = (x_t - estimate_alpha_cumsum x_in - beta_cumsum noise) / one_minus_alpha_cumsum;
+    estimate_alpha_cumsum is alpha_cumsum but in a schedule readjusted with keeps_estimate, where both stay the
+    network's own.
     """
 
     alpha: Tensor
     alpha_cumsum: Tensor
     one_minus_alpha_cumsum: Tensor
+    estimate_alpha_cumsum: Tensor
     beta2: Tensor
     beta2_cumsum: Tensor
     beta_cumsum: Tensor
@@ -72,6 +77,8 @@ def make_schedule(
     alpha_power: float = 1.0,
     beta2_power: float = 1.0,
     betas: str = "linear",
+    alpha_kind: str = "same",
+    beta2_kind: str = "same",
     sum_scale: float = 1.0,
     parity: str = "clean",
 ) -> Schedule:
@@ -81,47 +88,158 @@ def make_schedule(
     power:  the weights i^a, i = 0..T-1, of the paper's P(x, a) (increased, a = beta2_power or alpha_power) and
             P(1-x, a) (decreased); average; normal, a Gaussian bell over [-3, 3].
     ddim:   converted from DDPM betas b: alpha_cumsum = 1 - sqrt(prod(1 - b)), beta2_cumsum = 1 - prod(1 - b).
+    `alpha_kind` and `beta2_kind` choose a kind for one of the two alone; same means `kind`.
 
     parity="official" reproduces the authors' buffers: float32 arithmetic in the power and ddim families, 1e-6 in place
     of 1 - alpha_cumsum[T], cumulative sums clipped to [0, 1], kind ddim ignoring sum_scale in its tables and having
     zero increments at t = 1.
     """
     _check_choice("diffusion.schedule.kind", kind, KINDS)
+    _check_choice("diffusion.schedule.alpha_kind", alpha_kind, PART_KINDS)
+    _check_choice("diffusion.schedule.beta2_kind", beta2_kind, PART_KINDS)
     _check_choice("diffusion.parity", parity, PARITIES)
     if num_timesteps < 1:
         raise ConfigError(f"diffusion.num_timesteps={num_timesteps} must be at least 1")
     if not (math.isfinite(sum_scale) and sum_scale > 0):
         raise ConfigError(f"diffusion.sum_scale={sum_scale} must be a number above 0")
+    alpha_kind = kind if alpha_kind == "same" else alpha_kind
+    beta2_kind = kind if beta2_kind == "same" else beta2_kind
     is_official = parity == "official"
-    dtype = torch.float32 if is_official and kind != "linear" else torch.float64
-    if kind == "ddim":
-        _check_choice("diffusion.schedule.betas", betas, DDPM_BETAS)
-        kept = torch.cumprod(1 - _ddpm_betas(betas, num_timesteps, dtype), 0)
-        alpha_sums, rest_sums, beta2_sums = 1 - kept.sqrt(), kept.sqrt(), 1 - kept
-        alpha_steps = _differences(alpha_sums)
-        beta2_steps = _differences(beta2_sums)
-        if is_official:
-            alpha_steps[0] = beta2_steps[0] = 0
-        else:
-            beta2_steps, beta2_sums = beta2_steps * sum_scale, beta2_sums * sum_scale
+
+    def dtype_of(family: str) -> torch.dtype:
+        return torch.float32 if is_official and family != "linear" else torch.float64
+
+    if alpha_kind == "ddim":
+        alpha_tables = _ddim_alpha(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), is_official)
     else:
-        alpha_steps = _weights("alpha", kind, alpha, alpha_power, num_timesteps, dtype)
-        beta2_steps = _weights("beta2", kind, beta2, beta2_power, num_timesteps, dtype) * sum_scale
-        alpha_sums, beta2_sums = torch.cumsum(alpha_steps, 0), torch.cumsum(beta2_steps, 0)
-        # Summed from the other end: exact zeros and full precision where alpha_cumsum is close to 1.
-        rest_sums = torch.cat([alpha_steps.flip(0).cumsum(0).flip(0)[1:], torch.zeros(1, dtype=dtype)])
-        if is_official:
-            alpha_sums, beta2_sums = alpha_sums.clamp(0, 1), beta2_sums.clamp(0, 1)
-            rest_sums = 1 - alpha_sums
+        weights = _weights("alpha", alpha_kind, alpha, alpha_power, num_timesteps, dtype_of(alpha_kind))
+        alpha_tables = _summed_alpha(weights, is_official)
+    if beta2_kind == "ddim":
+        beta2_tables = _ddim_beta2(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), sum_scale, is_official)
+    else:
+        weights = _weights("beta2", beta2_kind, beta2, beta2_power, num_timesteps, dtype_of(beta2_kind)) * sum_scale
+        sums = torch.cumsum(weights, 0)
+        beta2_tables = weights, sums.clamp(0, 1) if is_official else sums
+    return _assemble(alpha_tables, beta2_tables, sum_scale=sum_scale, parity=parity)
+
+
+def schedule_from_alpha_bar(alpha_bar: Tensor) -> Schedule:
+    """The schedule of a DDPM: alpha_cumsum = 1 - sqrt(alpha_bar), beta2_cumsum = 1 - alpha_bar, for x_in = 0.
+
+    alpha_bar: (T,) float in (0, 1], the cumulative products of 1 - b, not increasing.
+    """
+    alpha_bar = alpha_bar.double()
+    is_sound = alpha_bar.ndim == 1 and len(alpha_bar) > 0
+    if not (is_sound and bool(((alpha_bar > 0) & (alpha_bar <= 1)).all() and (alpha_bar.diff() <= 0).all())):
+        raise ConfigError("alpha_bar of a DDPM must be a row of numbers in (0, 1] that never increase")
+    return _assemble(_ddim_alpha(alpha_bar, False), _ddim_beta2(alpha_bar, 1.0, False), sum_scale=1.0, parity="clean")
+
+
+def readjust(
+    schedule: Schedule, *, alpha: Schedule | None = None, beta2: Schedule | None = None, keeps_estimate: bool = False
+) -> Schedule:
+    """A schedule for sampling with coefficients other than those of training: alpha of one, beta2 of another.
+
+    alpha, beta2: schedules of the same T that give their alpha and beta2 tables, None keeps those of `schedule`. The
+    posterior follows. With keeps_estimate, noise-only prediction goes on estimating the residual with the alpha_cumsum
+    of `schedule`, so that only the speed changes at which the residual is removed.
+    """
+    alpha, beta2 = alpha or schedule, beta2 or schedule
+    for other in (alpha, beta2):
+        if other.num_timesteps != schedule.num_timesteps:
+            raise ConfigError(
+                f"a schedule of {other.num_timesteps} timesteps cannot readjust one of {schedule.num_timesteps}; give "
+                "sample.schedule the timesteps of diffusion.num_timesteps"
+            )
+    estimate = schedule if keeps_estimate else alpha
+    adjusted = _with_posterior(
+        alpha=alpha.alpha.double(),
+        alpha_cumsum=alpha.alpha_cumsum.double(),
+        one_minus_alpha_cumsum=alpha.one_minus_alpha_cumsum.double(),
+        beta2=beta2.beta2.double(),
+        beta2_cumsum=beta2.beta2_cumsum.double(),
+        sum_scale=beta2.sum_scale,
+        parity=schedule.parity,
+    )
+    return dataclasses.replace(
+        adjusted,
+        beta_cumsum=beta2.beta_cumsum,
+        one_minus_alpha_cumsum=estimate.one_minus_alpha_cumsum,
+        estimate_alpha_cumsum=estimate.estimate_alpha_cumsum,
+    )
+
+
+def ddpm_betas(name: str, num_timesteps: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Noise variances b of a DDPM.   ->  (T,) of `dtype`.
+
+    linear: from 1e-4 to 2e-2; scaled_linear: the same with even steps of the square root;
+    squaredcos: b_i = min(1 - f((i + 1) / T) / f(i / T), 0.999), f(u) = cos^2((u + 0.008) / 1.008 * pi / 2).
+    """
+    _check_choice("diffusion.schedule.betas", name, DDPM_BETAS)
+    if name == "linear":
+        return torch.linspace(1e-4, 2e-2, num_timesteps, dtype=dtype)
+    if name == "scaled_linear":
+        return torch.linspace(1e-4**0.5, 2e-2**0.5, num_timesteps, dtype=dtype) ** 2
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999).to(dtype)
+
+
+# The parts of a schedule over t = 1..T: alpha as (increments, sums, 1 - sums), beta2 as (increments, sums).
+_Alpha = tuple[Tensor, Tensor, Tensor]
+_Beta2 = tuple[Tensor, Tensor]
+
+
+def _summed_alpha(weights: Tensor, is_official: bool) -> _Alpha:
+    """Increments that sum to 1.   weights: (T,)."""
+    sums = torch.cumsum(weights, 0)
     if is_official:
-        rest_sums[-1] = OFFICIAL_ONE_MINUS_ALPHA_CUMSUM
-    zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+        sums = sums.clamp(0, 1)
+        return weights, sums, 1 - sums
+    # Summed from the other end: exact zeros and full precision where alpha_cumsum is close to 1.
+    return weights, sums, torch.cat([weights.flip(0).cumsum(0).flip(0)[1:], weights.new_zeros(1)])
+
+
+def _alpha_bar(betas: str, num_timesteps: int, dtype: torch.dtype) -> Tensor:
+    return torch.cumprod(1 - ddpm_betas(betas, num_timesteps, dtype), 0)
+
+
+def _ddim_alpha(alpha_bar: Tensor, is_official: bool) -> _Alpha:
+    """alpha_cumsum = 1 - sqrt(alpha_bar).   alpha_bar: (T,)."""
+    rest = alpha_bar.sqrt()
+    sums = 1 - rest
+    steps = _differences(sums)
+    if is_official:
+        steps[0] = 0
+    return steps, sums, rest
+
+
+def _ddim_beta2(alpha_bar: Tensor, sum_scale: float, is_official: bool) -> _Beta2:
+    """beta2_cumsum = sum_scale * (1 - alpha_bar); the authors ignore sum_scale.   alpha_bar: (T,)."""
+    sums = 1 - alpha_bar
+    steps = _differences(sums)
+    if is_official:
+        steps[0] = 0
+        return steps, sums
+    return steps * sum_scale, sums * sum_scale
+
+
+def _assemble(alpha: _Alpha, beta2: _Beta2, *, sum_scale: float, parity: str) -> Schedule:
+    """Put row 0, the clean image, in front of the parts."""
+    alpha_steps, alpha_sums, rest_sums = alpha
+    beta2_steps, beta2_sums = beta2
+    if parity == "official":
+        rest_sums = torch.cat([rest_sums[:-1], rest_sums.new_full((1,), OFFICIAL_ONE_MINUS_ALPHA_CUMSUM)])
+
+    def with_row_0(rows: Tensor, first: float) -> Tensor:
+        return torch.cat([rows.new_full((1,), first), rows])
+
     return _with_posterior(
-        alpha=torch.cat([zero, alpha_steps]),
-        alpha_cumsum=torch.cat([zero, alpha_sums]),
-        one_minus_alpha_cumsum=torch.cat([one, rest_sums]),
-        beta2=torch.cat([zero, beta2_steps]),
-        beta2_cumsum=torch.cat([zero, beta2_sums]),
+        alpha=with_row_0(alpha_steps, 0.0),
+        alpha_cumsum=with_row_0(alpha_sums, 0.0),
+        one_minus_alpha_cumsum=with_row_0(rest_sums, 1.0),
+        beta2=with_row_0(beta2_steps, 0.0),
+        beta2_cumsum=with_row_0(beta2_sums, 0.0),
         sum_scale=sum_scale,
         parity=parity,
     )
@@ -158,6 +276,7 @@ def _with_posterior(
         alpha=alpha.float(),
         alpha_cumsum=alpha_cumsum.float(),
         one_minus_alpha_cumsum=one_minus_alpha_cumsum.float(),
+        estimate_alpha_cumsum=alpha_cumsum.float(),
         beta2=beta2.float(),
         beta2_cumsum=beta2_cumsum.float(),
         beta_cumsum=beta2_cumsum.sqrt().float(),
@@ -192,18 +311,6 @@ def _weights(name: str, kind: str, shape: str, power: float, num_timesteps: int,
         weights = torch.linspace(0, 1, num_timesteps, dtype=dtype) ** power
     weights = weights / weights.sum()
     return weights.flip(0) if shape == "decreased" else weights
-
-
-def _ddpm_betas(name: str, num_timesteps: int, dtype: torch.dtype) -> Tensor:
-    """Noise variances of a DDPM.   ->  (T,) of `dtype`."""
-    if name == "linear":
-        return torch.linspace(1e-4, 2e-2, num_timesteps, dtype=dtype)
-    if name == "scaled_linear":
-        return torch.linspace(1e-4**0.5, 2e-2**0.5, num_timesteps, dtype=dtype) ** 2
-    # squaredcos: b_i = min(1 - f((i + 1) / T) / f(i / T), 0.999), f(u) = cos^2((u + 0.008) / 1.008 * pi / 2)
-    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999).to(dtype)
 
 
 def _differences(sums: Tensor) -> Tensor:

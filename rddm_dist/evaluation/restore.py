@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from data_pipeline.errors import DataError, ModelError
 from data_pipeline.preprocess import Preprocess
 from data_pipeline.rng import Draws
+from rddm_dist.diffusion.path import PathChoice
 from rddm_dist.diffusion.sampler import check_sampling, sample
 from rddm_dist.diffusion.schedule import Schedule
-from rddm_dist.model.net import RddmNet
+from rddm_dist.model.net import Network
 
 if TYPE_CHECKING:
     from rddm_dist.config import Config
@@ -33,6 +34,10 @@ class RestoreSettings:
     eta: float = 0.0
     seed: int = 0
     update: str = "pred_noise"
+    path: PathChoice = "simultaneous"
+    use: str = "all"
+    process: str = "rddm"
+    self_condition: bool = False
     clip_residual: tuple[float, float] = (-2.0, 2.0)
     time_input: str = "index"
     preprocess: Preprocess = Preprocess()
@@ -45,9 +50,16 @@ class RestoreSettings:
 class Restorer:
     """A network with its schedule and sampler settings; the tables follow the network's device."""
 
-    def __init__(self, net: RddmNet, schedule: Schedule, settings: RestoreSettings) -> None:
+    def __init__(self, net: Network, schedule: Schedule, settings: RestoreSettings) -> None:
         check_sampling(
-            schedule, objective=settings.objective, steps=settings.steps, eta=settings.eta, update=settings.update
+            schedule,
+            objective=settings.objective,
+            steps=settings.steps,
+            eta=settings.eta,
+            update=settings.update,
+            process=settings.process,
+            path=settings.path,
+            use=settings.use,
         )
         self._device = next(net.parameters()).device
         self._net, self._schedule = net.eval(), schedule.to(self._device)
@@ -89,6 +101,10 @@ class Restorer:
             update=self.settings.update,
             clip_residual=self.settings.clip_residual,
             time_input=self.settings.time_input,
+            process=self.settings.process,
+            self_condition=self.settings.self_condition,
+            path=self.settings.path,
+            use=self.settings.use,
         )[..., :height, :width]
         if not bool(torch.isfinite(x0).all()):
             raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
@@ -118,6 +134,11 @@ def restore_settings(
         steps=config.sample.steps if steps is None else steps,
         eta=config.sample.eta if eta is None else eta,
         seed=seed,
+        update=config.sample.update,
+        path=config.sample.path,
+        use=config.sample.use,
+        process=config.diffusion.process,
+        self_condition=config.model.self_condition,
         clip_residual=config.diffusion.residual_clip,
         time_input=config.diffusion.time_input,
         preprocess=Preprocess(**config.data.preprocess.model_dump()),

@@ -34,10 +34,16 @@ class InputLinear(nn.Linear):
 class WSConv2d(nn.Conv2d):
     """3x3 convolution whose filters are standardised: (w - mean) / sqrt(var + eps), biased variance per filter."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def standardised(self) -> Tensor:
+        """The filters it convolves with, (out, in, k, k) in the weights' type."""
         flat = self.weight.flatten(1)  # (out, in * k * k)
-        weight = F.layer_norm(flat, flat.shape[1:], eps=EPS).view_as(self.weight)
-        return F.conv2d(x, weight.to(x.dtype), self.bias, padding=self.padding)
+        return F.layer_norm(flat, flat.shape[1:], eps=EPS).view_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Images come channels last, filters do not, and a CPU convolution wants both alike: turn the smaller one.
+        if x.device.type == "cpu" and x.numel() < self.weight.numel():
+            x = x.contiguous()
+        return F.conv2d(x, self.standardised().to(x.dtype), self.bias, padding=self.padding)
 
 
 class PixelConv2d(nn.Conv2d):

@@ -121,10 +121,15 @@ class Engine:
         self.pieces: tuple[Piece, ...] = tuple(self._iter_pieces())
 
     def __call__(
-        self, x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None
+        self,
+        x_t: Tensor,
+        times: tuple[Tensor, Tensor],
+        x_in: Tensor,
+        mask: Tensor | None,
+        x_self: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The network in the engine's number format, from and to float32."""
-        images = [None if image is None else image.to(self.dtype) for image in (x_t, x_in, mask)]
+        images = [None if image is None else image.to(self.dtype) for image in (x_t, x_in, mask, x_self)]
         return tuple(output.float() for output in self.net(images[0], times, *images[1:]))
 
     # -- stepping ----------------------------------------------------------------------------------------------------

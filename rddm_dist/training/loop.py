@@ -94,6 +94,7 @@ def run_loop(
             schedule,
             batch,
             diffusion=config.diffusion,
+            self_condition=config.model.self_condition,
             seed=train.seed,
             lr=lr,
             wants_stop=bool(stop.reason),

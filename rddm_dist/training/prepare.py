@@ -66,6 +66,10 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
         objective=config.diffusion.objective,
         steps=config.sample.steps,
         eta=config.sample.eta,
+        update=config.sample.update,
+        process=config.diffusion.process,
+        path=config.sample.path,
+        use=config.sample.use,
     )
     plan = make_plan(
         global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch

@@ -50,6 +50,7 @@ def train_step(
     batch: Batch,
     *,
     diffusion: DiffusionSection,
+    self_condition: bool,
     seed: int,
     lr: float,
     wants_stop: bool,
@@ -76,6 +77,9 @@ def train_step(
             mask=None if batch.mask is None else batch.mask[rows].to(device).float().div_(255.0),
             loss=diffusion.loss,
             time_input=diffusion.time_input,
+            process=diffusion.process,
+            self_condition=self_condition,
+            clip_residual=diffusion.residual_clip,
         )
         engine.backward(losses.sum() * plan.loss_scale)
         total += losses.detach().double().sum()

@@ -47,7 +47,14 @@ class Oracle(nn.Module):
         x0 = torch.from_numpy(target).permute(0, 3, 1, 2).float() / 127.5 - 1
         self.x0, self.value = pad_to_multiple(x0, 8), value
 
-    def forward(self, x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None) -> tuple[Tensor]:
+    def forward(
+        self,
+        x_t: Tensor,
+        times: tuple[Tensor, Tensor],
+        x_in: Tensor,
+        mask: Tensor | None,
+        x_self: Tensor | None = None,
+    ) -> tuple[Tensor]:
         assert x_t.shape[-2] % 8 == 0 and x_t.shape[-1] % 8 == 0
         return (x_in - self.x0 + self.value,)
 

@@ -155,6 +155,16 @@ def test_draws_are_timesteps_in_range_and_noise_by_step() -> None:
     assert not torch.equal(few.noise((3, 3, 5, 6)), few.noise((3, 3, 5, 6), step=1))
 
 
+def test_self_condition_coins_are_fair_and_belong_to_the_sample() -> None:
+    draws = Draws(seed=4, ids=torch.arange(10_000))
+    coins = draws.self_condition()
+    assert coins.dtype == torch.bool and abs(int(coins.sum()) - 5000) < 4 * 50
+    assert torch.equal(coins[7:20], Draws(seed=4, ids=torch.arange(7, 20)).self_condition())
+    # Independent of the parity of the timestep, which is drawn for the same samples.
+    odd = draws.timesteps(1000) % 2 == 1
+    assert abs(int((coins & odd).sum()) - 2500) < 4 * 44
+
+
 def test_nothing_of_torch_or_numpy_random_state_is_touched() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

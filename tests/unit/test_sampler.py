@@ -3,77 +3,41 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.rng import Draws
-from rddm_dist.diffusion.objective import OBJECTIVES, OUTPUTS, Prediction
-from rddm_dist.diffusion.sampler import UPDATES, check_sampling, sample, sampling_timesteps
-from rddm_dist.diffusion.schedule import Schedule, make_schedule
+from rddm_dist.diffusion.prediction import OBJECTIVES, Prediction
+from rddm_dist.diffusion.sampler import check_sampling, sample
+from rddm_dist.diffusion.schedule import make_schedule, readjust
+from rddm_dist.diffusion.start import sampling_timesteps
+from rddm_dist.diffusion.update import UPDATES
+from tests.support.diffusion import (
+    GOLDEN,
+    KEPT_DRAWS,
+    SCALARS,
+    X0,
+    X_IN,
+    Fake,
+    PatternDraws,
+    fake_generation,
+    fake_restoration,
+    golden,
+    oracle,
+    trajectory,
+)
 
-GOLDEN_DIR = Path(__file__).parents[1] / "golden"
-GOLDEN = np.load(GOLDEN_DIR / "diffusion.npz")
-SUBSETS = json.loads((GOLDEN_DIR / "diffusion_scalars.json").read_text())["timestep_subsets"]
+SUBSETS = SCALARS["ddim_timestep_subsets"]
 OFFICIAL_UPDATES = {
     "use_pred_noise": "pred_noise",
     "use_x_start": "x0",
     "special_eta_0": "eta0",
     "special_eta_1": "eta1",
 }
-
-Fake = Callable[[Tensor, tuple[Tensor, Tensor], Tensor, Tensor | None], list[Tensor]]
-
-
-def golden(name: str) -> Tensor:
-    return torch.from_numpy(GOLDEN[name])
-
-
-X0, X_IN = golden("inputs/x0"), golden("inputs/x_in")
-
-
-class PatternDraws:
-    """The start noise and the k-th stochastic noise of the reference numbers."""
-
-    def noise(self, shape: torch.Size, step: int = 0) -> Tensor:
-        j = np.arange(shape.numel(), dtype=np.float64)
-        values = np.cos(0.9 * j + 0.2) if step == 0 else np.sin(0.41 * j + step)
-        return torch.from_numpy(values.astype(np.float32).reshape(shape))
-
-
-def fake_restoration(x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None) -> list[Tensor]:
-    tau = times[0].reshape(-1, 1, 1, 1) / 1000
-    return [0.3 * (x_in - 0.5 * x_t) + 0.05 * tau, 0.2 * x_t - 0.1 * x_in + 0.3 * tau]
-
-
-def fake_generation(x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None) -> list[Tensor]:
-    tau = times[0].reshape(-1, 1, 1, 1) / 1000
-    return [-0.4 * x_t + 0.05 * tau, 0.6 * x_t + 0.1 * tau]
-
-
-def trajectory(net: Fake, schedule: Schedule, *, steps: int, **settings: Any) -> Tensor:
-    """All states, the start first.   ->  (steps + 1, B, C, H, W)."""
-    states: list[Tensor] = []
-    settings.setdefault("objective", "pred_res_noise")
-    result = sample(
-        net,
-        schedule,
-        x_in=X_IN,
-        steps=steps,
-        draws=PatternDraws(),  # type: ignore[arg-type]
-        clip_residual=(-1.0, 1.0),
-        on_step=lambda k, x, prediction: states.append(x),
-        **settings,
-    )
-    assert torch.equal(result, states[-1]) and len(states) == steps + 1
-    return torch.stack(states)
 
 
 def assert_golden(states: Tensor, name: str) -> None:
@@ -123,10 +87,20 @@ def test_ancestral_trajectories_equal_the_published_ones(task: str, net: Fake) -
     assert_golden(trajectory(net, schedule, steps=10, generate=task == "gen"), f"traj_ddpm/T10_{task}")
 
 
+@pytest.mark.parametrize(("objective", "use", "output"), [("pred_res", "residual", 0), ("pred_noise", "noise", 1)])
+def test_one_output_of_two_samples_as_the_network_that_has_only_that(objective: str, use: str, output: int) -> None:
+    schedule = make_schedule(parity="official")
+    states = trajectory(fake_restoration, schedule, steps=5, use=use)
+    assert_golden(states, f"traj_cond_single/T1000_S5/{objective}")
+    alone = trajectory(lambda *args: [fake_restoration(*args)[output]], schedule, steps=5, objective=objective)
+    assert torch.equal(states, alone)
+
+
+@pytest.mark.parametrize("parity", ["clean", "official"])
 @pytest.mark.parametrize("name", SUBSETS)
-def test_visited_timesteps_equal_the_published_ones(name: str) -> None:
+def test_visited_timesteps_equal_the_published_ones(name: str, parity: str) -> None:
     total, steps = (int(part[1:]) for part in name.split("_"))
-    ours, theirs = [t - 1 for t in [*sampling_timesteps(total, steps), 0]], SUBSETS[name]
+    ours, theirs = [t - 1 for t in [*sampling_timesteps(total, steps, parity), 0]], SUBSETS[name]
     if isinstance(theirs, dict):
         theirs_summary = (theirs["first"], theirs["last"], theirs["len"], theirs["sum"])
         assert (ours[:6], ours[-6:], len(ours), sum(ours)) == theirs_summary
@@ -134,17 +108,22 @@ def test_visited_timesteps_equal_the_published_ones(name: str) -> None:
         assert ours == theirs
 
 
-def oracle(objective: str, schedule: Schedule, x0: Tensor) -> Fake:
-    """A network that knows x0: the noise is what is left of x_t."""
+@pytest.mark.parametrize("total", [1, 2, 10, 997, 1000])
+def test_timesteps_start_at_the_end_are_even_and_never_repeat(total: int) -> None:
+    for parity, steps in itertools.product(("clean", "official"), range(1, total + 1, max(1, total // 50))):
+        visited = sampling_timesteps(total, steps, parity)
+        assert len(visited) == steps and visited[0] == total and visited[-1] >= 1
+        gaps = {before - after for before, after in itertools.pairwise([*visited, 0])}
+        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= (1 if parity == "clean" else 2)
 
-    def net(x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None) -> list[Tensor]:
-        t = int(times[0][0]) + 1
-        rest = x_t - x0 - schedule.alpha_cumsum[t] * (x_in - x0)
-        noise = rest / schedule.beta_cumsum[t] if schedule.beta_cumsum[t] > 0 else torch.zeros_like(rest)
-        known = {"residual": x_in - x0, "noise": noise, "x0": x0}
-        return [torch.stack([known[part] for part in name.split(" + ")]).sum(0) for name in OUTPUTS[objective]]
 
-    return net
+def test_official_timesteps_are_cut_from_float32() -> None:
+    """Where float32 falls short of a whole number the authors' timestep is 1 less; most numbers of steps agree."""
+    differing = [s for s in range(1, 1000) if sampling_timesteps(1000, s) != sampling_timesteps(1000, s, "official")]
+    assert 0 < len(differing) < 150
+    for steps in differing[:10]:
+        pairs = zip(sampling_timesteps(1000, steps), sampling_timesteps(1000, steps, "official"), strict=True)
+        assert {clean - official for clean, official in pairs} == {0, 1}
 
 
 SCHEDULES: list[dict[str, Any]] = [
@@ -155,12 +134,13 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "pred_v"])
 @pytest.mark.parametrize(("update", "parity"), [*((update, "clean") for update in UPDATES), ("pred_noise", "official")])
 def test_an_oracle_restores_x0(objective: str, update: str, parity: str) -> None:
     """For every schedule, number of steps, eta, and with or without a degraded image."""
-    draws, num_refused = Draws(seed=9, ids=torch.tensor([4, 1])), 0
-    for settings, steps, eta, generate in itertools.product(SCHEDULES, (1, 3, 19, 20), (0.0, 0.7), (False, True)):
+    draws, num_refused = KEPT_DRAWS, 0
+    etas = (0.0,) if update in ("eta0", "eta1") else (0.0, 0.7)  # those two fix eta themselves
+    for settings, steps, eta, generate in itertools.product(SCHEDULES, (1, 3, 19, 20), etas, (False, True)):
         schedule = make_schedule(num_timesteps=20, parity=parity, **settings)
         timesteps = sampling_timesteps(20, steps)
         run = {"objective": objective, "steps": steps, "eta": eta, "update": update}
@@ -176,6 +156,52 @@ def test_an_oracle_restores_x0(objective: str, update: str, parity: str) -> None
     assert (num_refused > 0) == (objective == "pred_noise")
 
 
+@pytest.mark.parametrize("use", ["residual", "noise", "x0"])
+def test_an_oracle_restores_x0_from_one_of_its_two_outputs(use: str) -> None:
+    objective = "pred_x0_noise" if use == "x0" else "pred_res_noise"
+    schedule, draws = make_schedule(kind="ddim", num_timesteps=20), KEPT_DRAWS
+    for steps in (1, 4, 20):
+        settings: dict[str, Any] = {"objective": objective, "x_in": X_IN, "steps": steps, "use": use}
+        x = sample(oracle(objective, schedule, X0), schedule, draws=draws, **settings)
+        torch.testing.assert_close(x, X0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("pred_v", "pred_noise")])
+def test_an_oracle_restores_x0_under_readjusted_schedules(objective: str) -> None:
+    """alpha of one schedule, beta2 of another, neither those of training."""
+    own = make_schedule(num_timesteps=20)
+    others = [make_schedule(num_timesteps=20, **settings) for settings in SCHEDULES]
+    draws = KEPT_DRAWS
+    for alpha, beta2, steps in itertools.product(others, others, (3, 20)):
+        schedule = readjust(own, alpha=alpha, beta2=beta2)
+        x = sample(oracle(objective, schedule, X0), schedule, objective=objective, x_in=X_IN, steps=steps, draws=draws)
+        torch.testing.assert_close(x, X0, rtol=0, atol=1e-4)
+
+
+def test_a_kept_estimate_changes_only_what_noise_alone_says() -> None:
+    """Noise-only prediction at a readjusted level finds the residual as at the network's own level."""
+    own = make_schedule(kind="ddim", num_timesteps=20)
+    kept = readjust(own, alpha=make_schedule(kind="power", num_timesteps=20), keeps_estimate=True)
+    estimates: list[Prediction] = []
+
+    def net(x_t: Tensor, times: Any, x_in: Tensor, mask: Any, x_self: Any) -> list[Tensor]:
+        return [0.3 * x_t]
+
+    def keep(k: int, x: Tensor, prediction: Prediction | None) -> None:
+        if prediction is not None:
+            estimates.append(prediction)
+
+    settings: dict[str, Any] = {"objective": "pred_noise", "x_in": X_IN, "steps": 2, "on_step": keep}
+    results = [
+        sample(net, schedule, draws=PatternDraws(), clip_residual=None, **settings)  # type: ignore[arg-type]
+        for schedule in (own, kept)
+    ]
+    # Both start in the same state and estimate the same; then the residual is removed at another speed.
+    assert torch.equal(estimates[0].x0, estimates[2].x0) and torch.equal(estimates[0].residual, estimates[2].residual)
+    assert (estimates[1].x0 - estimates[3].x0).abs().max() > 1e-3
+    assert (results[0] - results[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("one", "other", "etas"),
     [("eta0", "pred_noise", (0.0,)), ("eta1", "pred_noise", (1.0,)), ("x0", "pred_noise", (0.0, 0.4, 1.0))],
@@ -184,8 +210,8 @@ def test_update_rules_that_should_coincide_coincide(one: str, other: str, etas: 
     """eta0 is pred_noise at eta 0, eta1 at eta 1, and x0 is pred_noise wherever x0 is not clamped."""
     schedule = make_schedule(num_timesteps=50)
 
-    def imperfect(x_t: Tensor, times: tuple[Tensor, Tensor], x_in: Tensor, mask: Tensor | None) -> list[Tensor]:
-        residual, noise = oracle("pred_res_noise", schedule, X0)(x_t, times, x_in, mask)
+    def imperfect(x_t: Tensor, times: Any, x_in: Tensor, mask: Any, x_self: Any) -> list[Tensor]:
+        residual, noise = oracle("pred_res_noise", schedule, X0)(x_t, times, x_in, mask, x_self)
         return [0.9 * residual, noise]
 
     def run(update: str, eta: float) -> Tensor:
@@ -205,7 +231,7 @@ def test_ancestral_sampling_is_skipping_nothing_with_eta_1() -> None:
     x = states[0]
     for k, t in enumerate(range(8, 1, -1), start=1):
         t_rows = torch.full((2,), t)
-        residual, predicted_noise = net(x, (t_rows - 1.0, t_rows - 1.0), X_IN, None)
+        residual, predicted_noise = net(x, (t_rows - 1.0, t_rows - 1.0), X_IN, None, None)
         residual = residual.clamp(-1, 1)
         alpha_t, alpha_u = schedule.alpha_cumsum[t], schedule.alpha_cumsum[t - 1]
         beta2_t, beta2_u = schedule.beta2_cumsum[t], schedule.beta2_cumsum[t - 1]
@@ -274,6 +300,13 @@ def test_clean_sampling_starts_from_the_last_noise_level() -> None:
         ({"update": "euler"}, ["update=euler", "pred_noise, x0, eta0, eta1"]),
         ({"objective": "pred_all"}, ["diffusion.objective=pred_all"]),
         ({"objective": "pred_noise"}, ["timestep 10", "1 - alpha_cumsum is 0", "parity=official"]),
+        ({"objective": "pred_res_noise", "use": "noise"}, ["sample.use=noise", "timestep 10", "1 - alpha_cumsum is 0"]),
+        ({"objective": "pred_res_noise", "use": "x0"}, ["sample.use=x0", "pred_res_noise"]),
+        ({"process": "ddpm"}, ["diffusion.process=ddpm", "kind=ddim"]),
+        ({"process": "heat"}, ["diffusion.process=heat", "rddm, ddpm"]),
+        ({"objective": "pred_v"}, ["diffusion.objective=pred_v", "diffusion.process=rddm"]),
+        ({"objective": "auto"}, ["diffusion.objective=auto", "kind=ddim"]),
+        ({"path": "upwards"}, ["sample.path=upwards", "simultaneous, residual_first, noise_first, two_pass"]),
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings: dict[str, Any], words: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
-from rddm_dist.diffusion.schedule import Schedule, make_schedule
+from rddm_dist.diffusion.schedule import Schedule, ddpm_betas, make_schedule, readjust, schedule_from_alpha_bar
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "schedules.npz")
 BUFFERS = {
@@ -48,6 +48,8 @@ CLEAN: list[dict[str, Any]] = [
     {"kind": "ddim", "num_timesteps": 100, "sum_scale": 0.5},
     {"kind": "ddim", "betas": "scaled_linear"},
     {"kind": "ddim", "betas": "squaredcos"},
+    {"kind": "power", "num_timesteps": 50, "alpha": "increased", "alpha_power": 0.0, "beta2": "normal"},
+    {"num_timesteps": 40, "beta2_kind": "ddim", "betas": "scaled_linear", "sum_scale": 2.0},
 ]
 
 
@@ -61,6 +63,11 @@ def test_official_tables_equal_the_published_buffers(family: str) -> None:
         table = getattr(schedule, ours)
         assert table.dtype == torch.float32
         np.testing.assert_allclose(table[1 + first :], GOLDEN[f"{family}/{theirs}"][first:], rtol=0, atol=tolerance)
+    # The authors also store beta; here it is the root of beta2 (of the re-initialiser's first increment see above).
+    first = 1 if "ddimconv_reinit" in family else 0
+    np.testing.assert_allclose(
+        schedule.beta2[1 + first :].sqrt(), GOLDEN[f"{family}/betas"][first:], rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("num_timesteps", [10, 1000])
@@ -80,8 +87,17 @@ def test_even_and_bell_shaped_weights_equal_the_published_ones(shape: str, num_t
 
 
 @pytest.mark.parametrize("num_timesteps", [10, 1000])
+@pytest.mark.parametrize("shape", ["increased", "decreased", "average"])
+def test_linear_weights_equal_the_published_ones(shape: str, num_timesteps: int) -> None:
+    schedule = make_schedule(num_timesteps=num_timesteps, alpha=shape, beta2=shape)
+    for table in (schedule.alpha, schedule.beta2):
+        np.testing.assert_allclose(table[1:], GOLDEN[f"gen_linear_f64/{shape}_T{num_timesteps}"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 1000])
 def test_squared_cosine_betas_equal_the_published_ones(num_timesteps: int) -> None:
     betas = GOLDEN[f"betas_for_alpha_bar/T{num_timesteps}"].astype(np.float64)
+    np.testing.assert_allclose(ddpm_betas("squaredcos", num_timesteps), betas, rtol=0, atol=1e-6)
     schedule = make_schedule(kind="ddim", betas="squaredcos", num_timesteps=num_timesteps)
     np.testing.assert_allclose(schedule.beta2_cumsum[1:], 1 - np.cumprod(1 - betas), rtol=0, atol=2e-6)
 
@@ -96,7 +112,7 @@ def test_clean_tables_satisfy_their_definitions(settings: dict[str, Any]) -> Non
     torch.testing.assert_close(schedule.beta2.double().cumsum(0), beta2_cumsum, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(schedule.one_minus_alpha_cumsum.double(), 1 - alpha_cumsum, rtol=0, atol=1e-7)
     torch.testing.assert_close(schedule.beta_cumsum**2, schedule.beta2_cumsum, rtol=1e-6, atol=0)
-    if settings.get("kind") != "ddim":
+    if "ddim" not in (settings.get("kind"), settings.get("beta2_kind")):
         assert alpha_cumsum[-1] == pytest.approx(1, abs=1e-7)
         assert schedule.one_minus_alpha_cumsum[-1] == 0
         assert beta2_cumsum[-1] == pytest.approx(settings.get("sum_scale", 1.0), rel=1e-6)
@@ -154,10 +170,80 @@ def test_ddim_conversion_lies_on_the_ddim_circle() -> None:
     torch.testing.assert_close(radius, torch.ones_like(radius), rtol=0, atol=1e-6)
 
 
+PARTS: list[dict[str, Any]] = [
+    {"kind": "linear", "alpha": "average", "beta2": "decreased"},
+    {"kind": "power", "alpha_power": 0.3, "beta2_power": 2.0},
+    {"kind": "ddim", "betas": "squaredcos"},
+]
+
+
+@pytest.mark.parametrize("parity", ["clean", "official"])
+@pytest.mark.parametrize("of_alpha", PARTS)
+@pytest.mark.parametrize("of_beta2", PARTS)
+def test_alpha_and_beta2_of_any_two_kinds_go_together(
+    of_alpha: dict[str, Any], of_beta2: dict[str, Any], parity: str
+) -> None:
+    """Built as one or readjusted from two, each table is the one its kind has alone, and the posterior fits."""
+    settings: dict[str, Any] = {"num_timesteps": 50, "sum_scale": 0.5, "parity": parity}
+    first, second = make_schedule(**of_alpha, **settings), make_schedule(**of_beta2, **settings)
+    own = {key: value for key, value in of_alpha.items() if key.startswith("alpha")}
+    own |= {key: value for key, value in of_beta2.items() if key.startswith("beta2")}
+    mixed = make_schedule(
+        alpha_kind=of_alpha["kind"], beta2_kind=of_beta2["kind"], betas="squaredcos", **own, **settings
+    )
+    for schedule in (mixed, readjust(first, beta2=second), readjust(second, alpha=first)):
+        for name in ("alpha", "alpha_cumsum", "one_minus_alpha_cumsum", "estimate_alpha_cumsum"):
+            assert torch.equal(getattr(schedule, name), getattr(first, name))
+        for name in ("beta2", "beta2_cumsum", "beta_cumsum"):
+            assert torch.equal(getattr(schedule, name), getattr(second, name))
+        for name in BUFFERS:
+            torch.testing.assert_close(getattr(schedule, name), getattr(mixed, name), rtol=1e-5, atol=2e-6)
+        assert schedule.sum_scale == 0.5 and schedule.parity == parity
+
+
+@pytest.mark.parametrize("other", PARTS)
+def test_a_wholly_readjusted_schedule_is_the_other_one(other: dict[str, Any]) -> None:
+    theirs = make_schedule(num_timesteps=50, sum_scale=2.0, **other)
+    adjusted = readjust(make_schedule(num_timesteps=50), alpha=theirs, beta2=theirs)
+    for name in BUFFERS:
+        torch.testing.assert_close(getattr(adjusted, name), getattr(theirs, name), rtol=1e-5, atol=2e-6)
+    assert adjusted.sum_scale == 2.0
+
+
+def test_readjusting_with_nothing_changes_nothing_and_keeping_the_estimate_keeps_it() -> None:
+    own, other = make_schedule(kind="ddim", num_timesteps=50), make_schedule(kind="power", num_timesteps=50)
+    same = readjust(own)
+    for name in BUFFERS:
+        torch.testing.assert_close(getattr(same, name), getattr(own, name), rtol=1e-5, atol=2e-6)
+    kept = readjust(own, alpha=other, keeps_estimate=True)
+    assert torch.equal(kept.alpha_cumsum, other.alpha_cumsum)
+    assert torch.equal(kept.estimate_alpha_cumsum, own.alpha_cumsum)
+    assert torch.equal(kept.one_minus_alpha_cumsum, own.one_minus_alpha_cumsum)
+
+
+def test_schedules_of_other_lengths_cannot_readjust() -> None:
+    with pytest.raises(ConfigError, match="10 timesteps cannot readjust one of 1000.*sample.schedule"):
+        readjust(make_schedule(), alpha=make_schedule(num_timesteps=10))
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos"])
+def test_a_schedule_from_alpha_bar_is_the_converted_one(betas: str) -> None:
+    converted = make_schedule(kind="ddim", betas=betas, num_timesteps=100)
+    ours = schedule_from_alpha_bar(torch.cumprod(1 - ddpm_betas(betas, 100), 0))
+    assert all(torch.equal(getattr(ours, name), getattr(converted, name)) for name in BUFFERS)
+
+
+@pytest.mark.parametrize("alpha_bar", [[0.5, 0.6], [1.5, 0.5], [0.5, 0.0], [], [[0.5]], [float("nan")]])
+def test_alpha_bar_of_no_ddpm_is_refused(alpha_bar: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="alpha_bar"):
+        schedule_from_alpha_bar(torch.tensor(alpha_bar))
+
+
 def test_moving_a_schedule_keeps_every_table() -> None:
     schedule = make_schedule(num_timesteps=5, parity="official")
     moved = schedule.to("cpu")
-    assert isinstance(moved, Schedule) and moved.parity == "official" and moved.sum_scale == schedule.sum_scale
+    assert isinstance(moved, Schedule) and torch.equal(moved.estimate_alpha_cumsum, schedule.estimate_alpha_cumsum)
+    assert moved.parity == "official" and moved.sum_scale == schedule.sum_scale
     assert all(torch.equal(getattr(moved, name), getattr(schedule, name)) for name in BUFFERS)
 
 
@@ -165,6 +251,9 @@ def test_moving_a_schedule_keeps_every_table() -> None:
     ("settings", "words"),
     [
         ({"kind": "cosine"}, ["diffusion.schedule.kind=cosine", "linear, power, ddim"]),
+        ({"alpha_kind": "cosine"}, ["diffusion.schedule.alpha_kind=cosine", "same, linear, power, ddim"]),
+        ({"beta2_kind": "both"}, ["diffusion.schedule.beta2_kind=both", "same, linear"]),
+        ({"beta2_kind": "power", "num_timesteps": 1}, ["diffusion.num_timesteps"]),
         ({"alpha": "normal"}, ["diffusion.schedule.alpha=normal", "kind=linear", "average"]),
         ({"beta2": "up"}, ["diffusion.schedule.beta2=up"]),
         ({"kind": "ddim", "betas": "cosine"}, ["diffusion.schedule.betas=cosine", "squaredcos"]),
