@@ -19,8 +19,8 @@ from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.index import Tile
 from data_pipeline.manifest import ShardInfo, Tiling
-from data_pipeline.pack_executors import using_temporary_folder, work_folder
 from data_pipeline.pack_output import placing
+from data_pipeline.pack_owner import using_temporary_folder, work_folder
 from data_pipeline.records import encode_image, encode_meta
 from data_pipeline.rng import stable_id
 from data_pipeline.shards import WrittenShard, write_shard

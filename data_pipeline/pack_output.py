@@ -21,7 +21,8 @@ from pathlib import Path
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault, UserError
 from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardInfo
-from data_pipeline.pack_executors import (
+from data_pipeline.pack_executors import threads
+from data_pipeline.pack_owner import (
     LOCK_NAME,
     OWNER_NAME,
     WORK_PREFIX,
@@ -29,7 +30,6 @@ from data_pipeline.pack_executors import (
     lock_file,
     refuse_fresh_owner,
     take_lock,
-    threads,
 )
 
 log = logging.getLogger(__name__)

@@ -21,15 +21,16 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline import pack_executors, storage
+from data_pipeline import pack_owner, storage
 from data_pipeline.decode import decode_image
 from data_pipeline.degradations import parse_degradation
 from data_pipeline.errors import ConfigError, DataError, EnvironmentFault
 from data_pipeline.manifest import Manifest
 from data_pipeline.pack import foresee, pack
-from data_pipeline.pack_executors import WORK_PREFIX, Executor, processes, threads
+from data_pipeline.pack_executors import Executor, processes, threads
 from data_pipeline.pack_jobs import CheckJob, check_chunk, digest
 from data_pipeline.pack_output import STAGING, Output, clear_staging
+from data_pipeline.pack_owner import WORK_PREFIX
 from data_pipeline.reader import Dataset
 from data_pipeline.rng import stable_id
 from data_pipeline.sources import Pair, find_clean, find_pairs
@@ -609,16 +610,16 @@ def test_a_dataset_that_another_pack_finished_meanwhile_is_left_alone(tmp_path: 
 
 def test_who_gives_no_sign_of_life_at_a_url_is_succeeded(tmp_path: Path, bucket: str) -> None:
     pairs = _pairs(tmp_path)
-    _overtake(bucket, age_s=pack_executors.STALE_S - 5)
+    _overtake(bucket, age_s=pack_owner.STALE_S - 5)
     with pytest.raises(DataError, match="wrote there 115 s ago.* is taken over after 120 s"):
         pack(pairs, bucket, jobs=1)
-    _overtake(bucket, age_s=pack_executors.STALE_S + 1)
+    _overtake(bucket, age_s=pack_owner.STALE_S + 1)
     pack(pairs, bucket, jobs=1)
     assert storage.list_names(bucket) == ["manifest.json", "shard-00000.idx", "shard-00000.tar"]
 
 
 def test_the_owner_of_a_url_gives_signs_of_life_and_looks_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_executors, "BEAT_S", 0.02)
+    monkeypatch.setattr(pack_owner, "BEAT_S", 0.02)
     owner = storage.join(storage.join(bucket, STAGING), "owner.json")
 
     def has_fault() -> bool:
