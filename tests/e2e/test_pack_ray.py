@@ -60,7 +60,7 @@ def test_ray_packs_the_same_bytes_and_tells_an_error_in_one_line(
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    make_folders(tmp_path / "source", count=24, size=(144, 144))
+    make_folders(tmp_path / "source", count=160, size=(144, 144))
     command = (
         "pack", "--input", "source/input", "--target", "source/target", "--codec", "webp", "--shard-mb", "0.001",
         "--jobs", "2", "--out",
@@ -77,10 +77,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Pa
     kept = {path.stem for path in (tmp_path / "data" / STAGING).glob("shard-*.json")}
     times = {name: (tmp_path / "data" / STAGING / f"{name}.tar").stat().st_mtime_ns for name in kept}
     again = rddm(*command, "data", cwd=tmp_path)
-    assert again.code == 0 and "packed data: 24 pairs in 24 shard(s)" in again.stdout, again.text
+    assert again.code == 0 and "packed data: 160 pairs in 160 shard(s)" in again.stdout, again.text
     assert {name for name in kept if (tmp_path / "data" / f"{name}.tar").stat().st_mtime_ns == times[name]} == kept
     reused = rddm(*command, "data", cwd=tmp_path)
-    assert reused.code == 0 and "reused data: 24 pairs" in reused.stdout, reused.text
+    assert reused.code == 0 and "reused data: 160 pairs" in reused.stdout, reused.text
 
 
 def test_mistakes_in_sources_and_output_are_told_in_one_line(tmp_path: Path) -> None:
