@@ -26,13 +26,14 @@ class Replaced:
 class Batch:
     """One rank's rows of a global batch.
 
-    input, target: (B, 3, H, W) uint8, channels last in memory; mask: (B, 1, H, W) uint8, None without masks.
+    input, target: (B, 3, H, W) uint8, channels last in memory, input None where only targets are read; mask: (B, 1, H,
+    W) uint8, None without masks.
     keys: sample keys. positions: (B,) int64, each row's position in the run, from which its random numbers come.
     weight: (B,) float32, 1 for rows of the global batch, 0 for rows that only fill up the rank's share.
     step: index of the global batch, 0 for the first of the run. replaced: bad samples another one stands in for.
     """
 
-    input: Tensor
+    input: Tensor | None
     target: Tensor
     mask: Tensor | None
     keys: tuple[str, ...]

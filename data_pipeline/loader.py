@@ -288,7 +288,7 @@ class TrainLoader:
         weight = torch.zeros(self._share.rows, dtype=torch.float32)
         weight[: len(keys)] = 1.0
         return Batch(
-            input=images["input"],
+            input=images.get("input"),
             target=images["target"],
             mask=images.get("mask"),
             keys=(*keys, *([keys[0]] * filler)),

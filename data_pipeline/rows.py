@@ -42,7 +42,8 @@ class RowSettings:
 
     crop: side of the random window in pixels by the batch it starts with, {0: 128, 50000: 192}; side 0: whole images,
     all of one size. flip, rotate: mirror images, quarter turns. preprocess: done to whole images first. degrade: makes
-    the input (and mask) from the target, anew at every position; stored inputs are not read then.
+    the input (and mask) from the target, anew at every position; stored inputs are not read then. targets_only: of
+    each sample the target alone, for generation.
     """
 
     crop: Mapping[int, int] = field(default_factory=lambda: {0: 0})
@@ -50,15 +51,16 @@ class RowSettings:
     rotate: bool = False
     preprocess: Preprocess = Preprocess()
     degrade: Degradation | None = None
+    targets_only: bool = False
 
     def fields(self, manifest: Manifest) -> tuple[str, ...]:
         """What is read of each sample."""
-        return ("target",) if self.degrade is not None else manifest.fields
+        return ("target",) if self.targets_only or self.degrade is not None else manifest.fields
 
     def outputs(self, manifest: Manifest) -> tuple[str, ...]:
         """What a batch holds."""
         if self.degrade is None:
-            return manifest.fields
+            return self.fields(manifest)
         return ("input", "target", "mask") if self.degrade.has_mask else ("input", "target")
 
     def check(self, uris: Sequence[str], manifests: Sequence[Manifest]) -> None:
@@ -69,8 +71,11 @@ class RowSettings:
                 "the degraded images instead"
             )
         for uri, manifest in zip(uris, manifests, strict=True):
-            if self.degrade is None and not manifest.has_input:
-                raise ConfigError(f"{uri} holds clean images only; set data.degrade, for example noise(sigma=25)")
+            if "input" not in self.outputs(manifest) and not self.targets_only:
+                raise ConfigError(
+                    f"{uri} holds clean images only; set data.degrade, for example noise(sigma=25), or "
+                    "diffusion.generate=true to generate such images"
+                )
             if self.outputs(manifest) != self.outputs(manifests[0]):
                 first, other = (", ".join(self.outputs(given)) for given in (manifests[0], manifest))
                 raise ConfigError(f"{uris[0]} gives {first}, {uri} {other}; datasets of one run must agree")

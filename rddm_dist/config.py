@@ -115,11 +115,19 @@ class DiffusionSection(Section):
         "pred_res",
         "pred_x0",
         "pred_v",
-    ] = _key("pred_res_noise", IDENTITY, "What the network predicts; pred_v goes with process ddpm")
+        "auto",
+    ] = _key(
+        "pred_res_noise",
+        IDENTITY,
+        "What the network predicts; pred_v goes with process ddpm; auto: a search finds pred_res or pred_noise",
+    )
     process: Literal["rddm", "ddpm"] = _key(
         "rddm",
         IDENTITY,
         "ddpm: the baseline, a diffusion of the image alone that only the network's condition restores",
+    )
+    generate: bool = _key(
+        False, IDENTITY, "Make images from noise alone: the degraded image is 0 and of the data only targets are read"
     )
     loss: Literal["l1", "l2"] = _key("l1", IDENTITY, "Distance between prediction and target")
     num_timesteps: int = _key(1000, IDENTITY, "Timesteps T of the forward process", ge=1, le=100_000)
@@ -152,6 +160,9 @@ class ModelSection(Section):
 class OptimSection(Section):
     name: Literal["adam", "adamw", "radam"] = _key("adam", IDENTITY, "Optimizer")
     lr: float = _key(8e-5, IDENTITY, "Peak learning rate", gt=0)
+    noise_lr: float = _key(
+        0.0, IDENTITY, "Peak learning rate of the second of two networks, in an optimizer group of its own; 0: lr", ge=0
+    )
     betas: tuple[DecayRate, DecayRate] = _key((0.9, 0.99), IDENTITY, "Adam's decay rates")
     eps: float = _key(1e-8, IDENTITY, "Adam's epsilon", gt=0)
     weight_decay: float = _key(0.0, IDENTITY, "Weight decay", ge=0)
@@ -167,6 +178,7 @@ class TrainSection(Section):
     global_batch: int = _key(16, IDENTITY, "Samples per optimizer step over all workers", ge=1)
     micro_batch: int = _key(0, EXECUTION, "Samples per forward on one worker; 0: all of its share", ge=0)
     seed: int = _key(0, IDENTITY, "Seed of order, crops, timesteps, noise and initial weights", ge=0)
+    init_from: str = _key("", EXTENDABLE, "MODEL whose weights a new run starts from; empty: drawn ones")
     log_every: int = _key(10, EXTENDABLE, "Steps between log points", ge=1)
     checkpoint_every: int = _key(1000, EXTENDABLE, "Steps between checkpoints", ge=1)
     keep_last: int = _key(2, EXTENDABLE, "Checkpoints kept", ge=2)
@@ -179,6 +191,34 @@ class EmaSection(Section):
     power: float = _key(2 / 3, IDENTITY, "Exponent of the warm-up 1 - (1 + n)^-power", gt=0)
 
 
+class SampleScheduleSection(Section):
+    """Coefficients that replace those of training while sampling; `same` keeps them."""
+
+    alpha_kind: Literal["same", "linear", "power", "ddim"] = _key("same", EXTENDABLE, "Family of alpha")
+    beta2_kind: Literal["same", "linear", "power", "ddim"] = _key("same", EXTENDABLE, "Family of beta^2")
+    alpha: Literal["decreased", "increased", "average", "normal"] = _key("decreased", EXTENDABLE, "Shape of alpha")
+    beta2: Literal["decreased", "increased", "average", "normal"] = _key("increased", EXTENDABLE, "Shape of beta^2")
+    alpha_power: float = _key(1.0, EXTENDABLE, "Exponent of alpha in the power family", ge=0)
+    beta2_power: float = _key(1.0, EXTENDABLE, "Exponent of beta^2 in the power family", ge=0)
+    betas: Literal["linear", "scaled_linear", "squaredcos"] = _key("linear", EXTENDABLE, "DDPM betas of kind ddim")
+    keeps_estimate: bool = _key(
+        False, EXTENDABLE, "Noise-only prediction goes on with the alpha of training: only the speed changes"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleScheduleSection:
+        for name in ("alpha", "beta2"):
+            if getattr(self, f"{name}_kind") != "same":
+                continue
+            for key in (name, f"{name}_power"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} has no effect with {name}_kind=same; set "
+                        f"sample.schedule.{name}_kind to linear, power or ddim"
+                    )
+        return self
+
+
 class SampleSection(Section):
     steps: int = _key(5, EXTENDABLE, "Sampling steps of previews, and the default of evaluate and restore", ge=1)
     update: Literal["pred_noise", "x0", "eta0", "eta1"] = _key("pred_noise", EXTENDABLE, "Update rule of the sampler")
@@ -187,6 +227,7 @@ class SampleSection(Section):
     )
     use: Literal["all", "residual", "noise", "x0"] = _key("all", EXTENDABLE, "The output of two that is used alone")
     eta: float = _key(0.0, EXTENDABLE, "Stochasticity of the sampler; 0: deterministic", ge=0, le=1)
+    schedule: SampleScheduleSection = SampleScheduleSection()
     every: int = _key(1000, EXTENDABLE, "Training steps between previews (grid and PSNR); 0: none", ge=0)
     images: int = _key(4, EXTENDABLE, "Images in a preview", ge=1, le=64)
     size: int = _key(128, EXTENDABLE, "Preview images are cut to this side in their centre, in pixels", ge=8)
@@ -222,7 +263,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        outputs = 1 if self.diffusion.objective in ("pred_noise", "pred_res", "pred_x0", "pred_v") else 2
+        one_output = ("pred_noise", "pred_res", "pred_x0", "pred_v", "auto")
+        outputs = 1 if self.diffusion.objective in one_output else 2
         if self.model.kind == "shared_encoder":
             if outputs != 2:
                 raise ValueError(
@@ -233,6 +275,29 @@ class Config(Section):
             raise ValueError(
                 f"model.num_nets={self.model.num_nets} does not fit diffusion.objective={self.diffusion.objective}; "
                 f"set model.num_nets={outputs}"
+            )
+        if self.diffusion.objective == "auto" and self.train.init_from:
+            raise ValueError(
+                f"train.init_from={self.train.init_from} does not fit diffusion.objective=auto, whose search starts "
+                "from drawn weights; name an objective"
+            )
+        if self.diffusion.objective == "auto" and self.diffusion.process != "rddm":
+            raise ValueError(
+                f"diffusion.objective=auto does not fit diffusion.process={self.diffusion.process}, which has no "
+                "residual; set diffusion.process=rddm"
+            )
+        if self.diffusion.generate and self.model.condition != "none":
+            raise ValueError(
+                f"diffusion.generate=true shows the network no degraded image, model.condition={self.model.condition} "
+                "asks for one; set model.condition=none"
+            )
+        if self.diffusion.generate and (self.data.degrade or self.data.preprocess.equalize):
+            key = "degrade" if self.data.degrade else "preprocess.equalize"
+            raise ValueError(f"data.{key} is about degraded images and diffusion.generate=true has none; remove one")
+        if self.optim.noise_lr and (self.model.kind != "unet" or self.model.num_nets != 2):
+            raise ValueError(
+                f"optim.noise_lr={self.optim.noise_lr} is for the second of two networks; set it to 0, or "
+                "model.kind=unet with model.num_nets=2"
             )
         if self.sample.steps > self.diffusion.num_timesteps:
             raise ValueError(
@@ -291,7 +356,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "degrade": _canonical_degradation(config.data.degrade),
         }
     )
-    return config.model_copy(update={"run": run, "data": data})
+    train = config.train.model_copy(update={"init_from": _absolute(config.train.init_from)})
+    return config.model_copy(update={"run": run, "data": data, "train": train})
 
 
 def _canonical_degradation(text: str) -> str:
@@ -303,8 +369,8 @@ def _canonical_degradation(text: str) -> str:
 
 
 def _absolute(location: str) -> str:
-    """A local path as seen from here; workers start elsewhere. URLs and the empty string stay."""
-    return location if "://" in location or not location else str(Path(location).absolute())
+    """A local path as seen from here; workers start elsewhere. URLs, models:/ names and the empty string stay."""
+    return location if ":/" in location or not location else str(Path(location).absolute())
 
 
 def parse_config(values: dict[str, Any], *, source: str) -> Config:

@@ -10,14 +10,14 @@ from torch import Tensor
 from data_pipeline.errors import ModelError
 from rddm_dist.config import Config, load_config, parse_config
 from rddm_dist.diffusion.schedule import Schedule
-from rddm_dist.factory import make_net, make_schedule
+from rddm_dist.factory import make_net, make_sampling_schedule
 from rddm_dist.model.net import Network
 from rddm_dist.model.weights import load_safetensors, weights_digest
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network in evaluation mode with EMA weights, its schedule and the config it was trained with.
+    """A network in evaluation mode with EMA weights, its schedule for sampling and the config it was trained with.
 
     `digest` is the sha256 of the weights; `path` the file or checkpoint folder they came from.
     """
@@ -58,13 +58,13 @@ def load_model(model: str, *, tracking_uri: str = "") -> Model:
         config = parse_config(values, source=str(path))
     else:
         path, state, config, extra = _load_folder(path)
-    net = make_net(config.model)
+    net = make_net(config)
     wrong = sorted(set(net.state_dict()) ^ set(state))
     if wrong:
         raise ModelError(f"{path} does not fit its own configuration: parameter {wrong[0]} is missing or unknown")
     net.load_state_dict(state)
     net.eval().requires_grad_(False)
-    return Model(net, make_schedule(config.diffusion), config, weights_digest(state), path, extra)
+    return Model(net, make_sampling_schedule(config), config, weights_digest(state), path, extra)
 
 
 def _load_folder(path: Path) -> tuple[Path, dict[str, Tensor], Config, dict[str, str]]:

@@ -87,7 +87,7 @@ def find_data(config: Config) -> TrainData:
         )
     retry = RetryPolicy(deadline_s=data.read_deadline_s)
     manifests = tuple(Manifest.load(uri, retry=retry) for uri in data.uris)
-    rows = row_settings(data)
+    rows = row_settings(data, targets_only=config.diffusion.generate)
     rows.check(data.uris, manifests)
     weights = data.weights or tuple(float(manifest.num_samples) for manifest in manifests)
     num_shards = [len(manifest.shards) for manifest in manifests]
@@ -107,13 +107,14 @@ def find_data(config: Config) -> TrainData:
     return TrainData(data.uris, manifests, weights, lanes, rows, cache_bytes)
 
 
-def row_settings(data: DataSection) -> RowSettings:
+def row_settings(data: DataSection, *, targets_only: bool) -> RowSettings:
     return RowSettings(
         crop=data.crop_schedule,
         flip=data.flip,
         rotate=data.rotate,
         preprocess=make_preprocess(data),
         degrade=parse_degradation(data.degrade) if data.degrade else None,
+        targets_only=targets_only,
     )
 
 

@@ -12,7 +12,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.retry import RetryPolicy
 from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
 from rddm_dist.diffusion.sampler import check_sampling
-from rddm_dist.factory import make_schedule
+from rddm_dist.factory import make_sampling_schedule
 from rddm_dist.training.data import TrainData, find_data
 from rddm_dist.training.plan import BatchPlan, make_plan
 from rddm_dist.training.stopping import REQUEST_FILE
@@ -62,7 +62,7 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
         retry = RetryPolicy(deadline_s=config.data.read_deadline_s)
         _check_preview(config, data, Manifest.load(config.data.eval_uri, retry=retry))
     check_sampling(
-        make_schedule(config.diffusion),
+        make_sampling_schedule(config),
         objective=config.diffusion.objective,
         steps=config.sample.steps,
         eta=config.sample.eta,
@@ -106,7 +106,7 @@ def _check_images(config: Config, data: TrainData) -> None:
 
 def _check_preview(config: Config, data: TrainData, manifest: Manifest) -> None:
     uri = config.data.eval_uri
-    if not manifest.has_input and not config.data.degrade:
+    if not (manifest.has_input or config.data.degrade or config.diffusion.generate):
         raise ConfigError(f"data.eval_uri={uri} holds clean images only; set data.degrade, or pack pairs")
     if config.model.condition == "input_mask" and "mask" not in data.rows.outputs(manifest):
         raise ConfigError(f"model.condition=input_mask needs masks, data.eval_uri={uri} has none; pack with --mask")

@@ -19,7 +19,7 @@ from data_pipeline.rng import stable_id
 from rddm_dist.config import Config
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
 from rddm_dist.evaluation.restore import Restorer, restore_settings
-from rddm_dist.factory import make_net, make_schedule
+from rddm_dist.factory import make_net, make_sampling_schedule
 from rddm_dist.training.data import make_preprocess
 from rddm_dist.training.prepare import Prepared
 
@@ -48,13 +48,11 @@ class Preview:
     def make(self, state: dict[str, Tensor]) -> tuple[dict[str, float], Image.Image]:
         """Restore with these weights.   -> metrics, and a grid with a row per image: input, restored, target"""
         config = self._config
-        net = make_net(config.model)
+        net = make_net(config)
         net.load_state_dict(state)
         # The images are preprocessed already: whole, and then cut.
         settings = replace(restore_settings(config), preprocess=Preprocess())
-        restored = Restorer(net, make_schedule(config.diffusion), settings).restore(
-            self._inputs, self._ids, self._masks
-        )
+        restored = Restorer(net, make_sampling_schedule(config), settings).restore(self._inputs, self._ids, self._masks)
         rows = [np.concatenate(row, axis=1) for row in zip(self._inputs, restored, self._targets, strict=True)]
         metrics = {"preview/psnr": _mean_psnr(restored, self._targets), "preview/input_psnr": self._input_psnr}
         return metrics, Image.fromarray(np.concatenate(rows, axis=0))

@@ -120,7 +120,7 @@ def make_engine(prepared: Prepared, topology: Topology) -> Engine:
     config = prepared.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix_seed(config.train.seed, "init") % 2**63)
-        net = make_net(config.model, activation_checkpointing=config.engine.activation_checkpointing)
+        net = make_net(config, activation_checkpointing=config.engine.activation_checkpointing)
     return Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
 
 

@@ -66,12 +66,14 @@ def train_step(
     flags: list[float] = []
     for micro in range(plan.accumulation):
         rows = slice(micro * plan.micro_batch, (micro + 1) * plan.micro_batch)
+        x0 = to_unit_range(batch.target[rows], device)
         losses = training_loss(
             engine,
             schedule,
             objective=diffusion.objective,
-            x0=to_unit_range(batch.target[rows], device),
-            x_in=to_unit_range(batch.input[rows], device),
+            x0=x0,
+            # Without inputs the images are generated: the degraded image is 0.
+            x_in=torch.zeros_like(x0) if batch.input is None else to_unit_range(batch.input[rows], device),
             draws=Draws(seed=seed, ids=batch.positions[rows], device=str(device)),
             weight=batch.weight[rows].to(device),
             mask=None if batch.mask is None else batch.mask[rows].to(device).float().div_(255.0),

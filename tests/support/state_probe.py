@@ -15,7 +15,7 @@ from torch import Tensor
 from data_pipeline.rng import Draws, normal_image
 from rddm_dist import comm
 from rddm_dist.comm import Topology, topology_from_env
-from rddm_dist.config import DiffusionSection, EmaSection, EngineSection, ModelSection, OptimSection
+from rddm_dist.config import Config, DiffusionSection, EmaSection, EngineSection, ModelSection, OptimSection
 from rddm_dist.diffusion.objective import training_loss
 from rddm_dist.factory import make_net, make_schedule
 from rddm_dist.training import checkpoint as ckpt
@@ -26,13 +26,16 @@ from rddm_dist.training.plan import make_plan
 STAGES = (0, 1, 2, 3)
 STEPS, BATCH = 4, 4
 EMA = EmaSection(update_every=1, start_step=1, decay=0.9)
+CONFIG = Config(
+    model=ModelSection(dim=8, dim_mults=(1, 2), num_nets=1), diffusion=DiffusionSection(objective="pred_res")
+)
 SCHEDULE = make_schedule(DiffusionSection(num_timesteps=10))
 
 
 def build(stage: int, topology: Topology) -> Engine:
     torch.manual_seed(0)
     return Engine(
-        make_net(ModelSection(dim=8, dim_mults=(1, 2), num_nets=1)),
+        make_net(CONFIG),
         engine=EngineSection(zero_stage=stage),
         optim=OptimSection(lr=1e-3),
         plan=make_plan(global_batch=BATCH, world_size=topology.world_size, micro_batch=1),

@@ -240,7 +240,7 @@ def export(path: Path, seed: int) -> Path:
     values = {"model": {"dim": 8, "dim_mults": [1, 2], "num_nets": 1}, "sample": {"steps": 2}}
     config = Config.model_validate({**values, "diffusion": {"objective": "pred_res", "num_timesteps": 20}})
     torch.manual_seed(seed)
-    save_safetensors(path, make_net(config.model).state_dict(), config=config.model_dump(mode="json"))
+    save_safetensors(path, make_net(config).state_dict(), config=config.model_dump(mode="json"))
     return path
 
 

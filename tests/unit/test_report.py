@@ -90,7 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     }
     config = Config.model_validate(values)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_safetensors(path, make_net(config.model).state_dict(), config=config.model_dump(mode="json"))
+    save_safetensors(path, make_net(config).state_dict(), config=config.model_dump(mode="json"))
     return load_model(str(path))
 
 

@@ -33,7 +33,7 @@ def images(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
 def make_restorer(*, seed: int = 0, eta: float = 0.0, preprocess: Preprocess | None = None) -> Restorer:
     torch.manual_seed(0)
     settings = RestoreSettings(objective="pred_res", steps=3, eta=eta, seed=seed, preprocess=preprocess or Preprocess())
-    return Restorer(make_net(CONFIG.model), make_schedule(num_timesteps=50, sum_scale=0.5), settings)
+    return Restorer(make_net(CONFIG), make_schedule(num_timesteps=50, sum_scale=0.5), settings)
 
 
 class Oracle(nn.Module):
@@ -112,7 +112,7 @@ def test_the_noise_follows_id_and_seed() -> None:
 
 def test_a_mask_reaches_the_network() -> None:
     torch.manual_seed(0)
-    net = make_net(CONFIG.model.model_copy(update={"condition": "input_mask"}))
+    net = make_net(CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"condition": "input_mask"})}))
     restorer = Restorer(net, make_schedule(num_timesteps=50), RestoreSettings(objective="pred_res", steps=1))
     inputs, mask = images(1, 10, 12), np.zeros((1, 10, 12), dtype=np.uint8)
     dark, light = restorer.restore(inputs, [0], mask), restorer.restore(inputs, [0], mask + 255)
@@ -147,7 +147,7 @@ def test_preprocessing_is_saved_with_the_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     values = CONFIG.model_dump(mode="json")
     values["data"]["preprocess"]["equalize"] = True
-    save_safetensors(tmp_path / "model.safetensors", make_net(CONFIG.model).state_dict(), config=values)
+    save_safetensors(tmp_path / "model.safetensors", make_net(CONFIG).state_dict(), config=values)
     loaded, inputs = load_restorer(tmp_path / "model.safetensors"), images(1, 16, 16)
     assert loaded.settings.preprocess == Preprocess(equalize=True)
     assert np.array_equal(loaded.restore(inputs, [1]), make_restorer().restore(equalize(inputs[0])[None], [1]))
@@ -167,12 +167,12 @@ def test_wrong_arguments_are_refused() -> None:
         restorer.restore(images(2, 8, 8), [0])
     with pytest.raises(ConfigError, match="steps=51"):
         settings = RestoreSettings(objective="pred_res", steps=51)
-        Restorer(make_net(CONFIG.model), make_schedule(num_timesteps=50), settings)
+        Restorer(make_net(CONFIG), make_schedule(num_timesteps=50), settings)
 
 
 def test_an_export_restores_as_the_network_it_was_made_from(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    net = make_net(CONFIG.model)
+    net = make_net(CONFIG)
     save_safetensors(tmp_path / "model.safetensors", net.state_dict(), config=CONFIG.model_dump(mode="json"))
     loaded = load_restorer(tmp_path / "model.safetensors")
     assert (loaded.settings.steps, loaded.settings.eta) == (CONFIG.sample.steps, CONFIG.sample.eta)
