@@ -33,11 +33,13 @@ lint: setup
 
 # Lint, types and unit tests.
 check: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -q tests/unit
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 tests/unit
 
-# Everything that needs no GPU, within 15 minutes on 2 cores.
+# Everything that needs no GPU, within 15 minutes on 2 cores: unit tests side by side, then those with processes of
+# their own.
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" tests/unit
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/distributed tests/e2e
 
 test-slow: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -74,6 +74,27 @@ def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair
     return pairs
 
 
+def pair_by_index(input: Path, target: Path) -> list[Pair]:
+    """Pair two folders of images that do not belong together, each sorted by name: the n-th with the n-th.
+
+    The longer folder's last images are left out (logged). A sample is called after its input. Raises DataError for a
+    missing or empty folder and for two images of one name.
+    """
+    inputs, targets = (
+        sorted(scan_images(folder, flag=flag).items())
+        for folder, flag in (
+            (Path(input), "--input"),
+            (Path(target), "--target"),
+        )
+    )
+    if len(inputs) != len(targets):
+        shown = f"--input {input} has {len(inputs)} images, --target {target} {len(targets)}"
+        log.warning("%s: the last %d are left out", shown, abs(len(inputs) - len(targets)))
+    pairs = [Pair(make_key(name), name, path, other) for (name, path), (_, other) in zip(inputs, targets, strict=False)]
+    check_unique(pairs)
+    return pairs
+
+
 def find_clean(folder: Path) -> list[Pair]:
     """The images of a folder and the folders in it as targets without inputs, sorted by name.
 

@@ -32,6 +32,7 @@ def pack(
     input: Annotated[Path | None, typer.Option(help="Folder of degraded images")] = None,
     target: Annotated[Path | None, typer.Option(help="Folder of clean images of the same names")] = None,
     mask: Annotated[Path | None, typer.Option(help="Folder of masks of the same names")] = None,
+    pair_by: Annotated[str, typer.Option(help="name; or index: unpaired images, the n-th with the n-th")] = "name",
     list: Annotated[Path | None, typer.Option("--list", help="Tab-separated pairs; paths relative to it")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of a public dataset, as it was downloaded")] = None,
     layout: Annotated[
@@ -56,7 +57,15 @@ def pack(
 ) -> int:
     """Pack images into shards. The same command continues where it was interrupted."""
     pairs = find_samples(
-        input=input, target=target, mask=mask, list=list, root=root, layout=layout, split=split, clean=clean
+        input=input,
+        target=target,
+        mask=mask,
+        pair_by=pair_by,
+        list=list,
+        root=root,
+        layout=layout,
+        split=split,
+        clean=clean,
     )
     options: dict[str, Any] = {
         "codec": codec,
@@ -78,6 +87,7 @@ def find_samples(
     input: Path | None,
     target: Path | None,
     mask: Path | None,
+    pair_by: str,
     list: Path | None,
     root: Path | None,
     layout: str,
@@ -87,7 +97,7 @@ def find_samples(
     """The samples of the one source that the options name. Raises ConfigError for none or several, DataError."""
     from data_pipeline.errors import ConfigError
     from data_pipeline.layouts import find_layout
-    from data_pipeline.sources import find_clean, find_pairs, read_pair_list
+    from data_pipeline.sources import find_clean, find_pairs, pair_by_index, read_pair_list
 
     given = [flag for flag, value in (("--list", list), ("--root", root), ("--clean", clean)) if value is not None]
     folders = [
@@ -99,6 +109,10 @@ def find_samples(
         raise ConfigError(f"--split={split} goes with --list or --root")
     if layout and root is None:
         raise ConfigError(f"--layout={layout} goes with --root")
+    if pair_by not in ("name", "index"):
+        raise ConfigError(f"--pair-by={pair_by} is not known; choose name or index")
+    if pair_by == "index" and folders != ["--input", "--target"]:
+        raise ConfigError("--pair-by=index goes with --input and --target folders alone")
     if list is not None:
         return read_pair_list(list, input_root=input, target_root=target, mask_root=mask, split=split or None)
     if root is not None:
@@ -107,6 +121,8 @@ def find_samples(
         return found.pairs(root, split)
     if clean is not None:
         return find_clean(clean)
+    if pair_by == "index" and input is not None and target is not None:
+        return pair_by_index(input, target)
     if input is not None and target is not None:
         return find_pairs(input, target, mask)
     raise ConfigError("give --input and --target folders, --list FILE, --root FOLDER or --clean FOLDER")

@@ -34,7 +34,11 @@ def save_safetensors(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+        # safetensors leaves files that their owner alone may read.
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

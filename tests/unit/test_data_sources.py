@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipeline.errors import ConfigError, DataError
 from data_pipeline.records import KEY_PATTERN, make_key
-from data_pipeline.sources import find_clean, find_pairs, read_pair_list
+from data_pipeline.sources import find_clean, find_pairs, pair_by_index, read_pair_list
 from rddm_dist.cli.data import find_samples
 from tests.support.datasets import make_folders
 
@@ -58,6 +58,16 @@ def test_an_orphan_is_named_with_its_folder(tmp_path: Path, side: str, other: st
     message = str(caught.value)
     assert message.startswith(f"5 image(s) in --{side}") and f"--{other}" in message
     assert "orphan0.png, orphan1.png, orphan2.png and 2 more" in message and "\n" not in message
+
+
+def test_unpaired_images_are_paired_by_the_order_of_their_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("dogs/b.png", "dogs/a.png", "dogs/sub/c.png", "cats/9.png", "cats/1.png"):
+        _image(tmp_path / name)
+    pairs = pair_by_index(tmp_path / "dogs", tmp_path / "cats")
+    assert [(pair.name, pair.target.name) for pair in pairs] == [("a", "1.png"), ("b", "9.png")]
+    assert "the last 1 are left out" in caplog.text
 
 
 def test_clean_images_are_targets_without_inputs(tmp_path: Path) -> None:
@@ -233,6 +243,7 @@ NO_SOURCE: dict[str, Any] = {
     "input": None,
     "target": None,
     "mask": None,
+    "pair_by": "name",
     "list": None,
     "root": None,
     "layout": "",
@@ -251,10 +262,17 @@ NO_SOURCE: dict[str, Any] = {
         ({"input": "input", "target": "target", "split": "train"}, "--split=train goes with --list or --root"),
         ({"clean": "target", "split": "train"}, "--split=train goes with --list or --root"),
         ({"clean": "target", "layout": "lol"}, "--layout=lol goes with --root"),
+        (
+            {"input": "input", "target": "target", "pair_by": "size"},
+            "--pair-by=size is not known; choose name or index",
+        ),
+        ({"clean": "target", "pair_by": "index"}, "--pair-by=index goes with --input and --target"),
     ],
 )
 def test_the_command_takes_one_kind_of_source(tmp_path: Path, options: dict[str, str], message: str) -> None:
-    paths = {name: value if name in ("split", "layout") else tmp_path / value for name, value in options.items()}
+    paths = {
+        name: value if name in ("split", "layout", "pair_by") else tmp_path / value for name, value in options.items()
+    }
     with pytest.raises(ConfigError, match=message):
         find_samples(**{**NO_SOURCE, **paths})
 
@@ -267,9 +285,10 @@ def test_every_kind_of_source_reaches_the_command(tmp_path: Path) -> None:
         find_samples(**{**NO_SOURCE, "input": input_dir, "target": target_dir}),
         find_samples(**{**NO_SOURCE, "list": table, "input": input_dir, "target": target_dir}),
         find_samples(**{**NO_SOURCE, "clean": target_dir}),
+        find_samples(**{**NO_SOURCE, "input": input_dir, "target": target_dir, "pair_by": "index"}),
     ]
     input_dir.rename(tmp_path / "our485" / "low")
     target_dir.rename(tmp_path / "our485" / "high")
     found.append(find_samples(**{**NO_SOURCE, "root": tmp_path, "split": "our485"}))
     both = ["photo_000", "photo_001"]
-    assert [[pair.name for pair in pairs] for pairs in found] == [both, ["photo_001"], both, both]
+    assert [[pair.name for pair in pairs] for pairs in found] == [both, ["photo_001"], both, both, both]

@@ -86,3 +86,9 @@ def test_missing_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Pat
     save_file({"a": torch.ones(1)}, path, metadata={"rddm": '{"format_version": 2}'})
     with pytest.raises(ModelError, match="format version 2, newer"):
         load_safetensors(path)
+
+
+def test_a_file_of_weights_may_be_read_by_whoever_may_read_a_new_file(tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "model.safetensors", state(), config=CONFIG)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
