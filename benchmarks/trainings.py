@@ -30,7 +30,7 @@ from rddm_dist.evaluation.protocol import PROTOCOLS, score
 CONFIGS = Path(__file__).parent / "configs"
 PACKAGES = ("torch", "numpy", "deepspeed", "ray")
 BLURS = (0.8, 1.0, 1.2, 1.4, 1.6)
-SMALL = 64
+SMALL, TRAIN_SIDE = 64, 80  # pixels: images to score on, and the shorter side of those to learn from
 LIMIT_S = 3600
 
 
@@ -41,23 +41,22 @@ def main() -> None:
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(f"--data={options.data} has no {folder.relative_to(options.data)}; see --help")
-    work = options.work
-    rddm("pack", "--clean", train, "--out", work / "train")
     results = {}
     if "denoise" in options.tasks:
-        results["denoise"] = denoise(options, test)
+        results["denoise"] = denoise(options, train, test)
     if "inpaint" in options.tasks:
-        results["inpaint"] = inpaint(options, test)
+        results["inpaint"] = inpaint(options, train, test)
     rows = [(task, name, f"{value:.2f}") for task, values in results.items() for name, value in values.items()]
     print_table(("task", "images", "PSNR, dB"), rows)
     report.write(options.json, settings={"workers": options.workers}, results=results)
 
 
-def denoise(options: argparse.Namespace, test: Path) -> dict[str, float]:
+def denoise(options: argparse.Namespace, train: Path, test: Path) -> dict[str, float]:
     """PSNR of whole images: noisy, blurred as well as it can be, restored."""
-    data = options.work / "noisy"
+    clean, data = options.work / "clean", options.work / "noisy"
+    rddm("pack", "--clean", train, "--out", clean)
     rddm("pack", "--clean", test, "--degrade", "noise(sigma=25)", "--out", data)
-    report = train_and_evaluate(options, "short_denoise", data)
+    report = train_and_evaluate(options, "short_denoise", clean, data)
     pairs = [(sample.input, sample.target) for sample in read(data)]
     blurred = {sigma: mean_psnr([(blur(x, sigma), y) for x, y in pairs]) for sigma in BLURS}
     best = max(blurred, key=lambda sigma: blurred[sigma])
@@ -69,15 +68,14 @@ def denoise(options: argparse.Namespace, test: Path) -> dict[str, float]:
     }
 
 
-def inpaint(options: argparse.Namespace, test: Path) -> dict[str, float]:
+def inpaint(options: argparse.Namespace, train: Path, test: Path) -> dict[str, float]:
     """PSNR inside the hole: filled with the mean colour of the rest, restored."""
-    small, data = options.work / "kodak64", options.work / "holes"
-    small.mkdir(parents=True, exist_ok=True)
-    for name, path in scan_images(test, flag="--data").items():
-        with Image.open(path) as image:
-            image.convert("RGB").resize((SMALL, SMALL), Image.Resampling.BICUBIC).save(small / f"{name}.png")
-    rddm("pack", "--clean", small, "--degrade", "inpaint(mask=center)", "--out", data)
-    train_and_evaluate(options, "short_inpaint", data)
+    clean, data = options.work / "small", options.work / "holes"
+    shrink(train, options.work / "small_photos", TRAIN_SIDE, is_square=False)
+    rddm("pack", "--clean", options.work / "small_photos", "--out", clean)
+    shrink(test, options.work / "small_test_photos", SMALL, is_square=True)
+    rddm("pack", "--clean", options.work / "small_test_photos", "--degrade", "inpaint(mask=center)", "--out", data)
+    train_and_evaluate(options, "short_inpaint", clean, data)
     filled, restored = [], []
     for sample in read(data):
         hole = sample.mask[:, :, 0] > 127
@@ -88,13 +86,24 @@ def inpaint(options: argparse.Namespace, test: Path) -> dict[str, float]:
     return {"hole filled with the mean colour": mean_psnr(filled), "hole restored": mean_psnr(restored)}
 
 
-def train_and_evaluate(options: argparse.Namespace, name: str, data: Path) -> dict[str, Any]:
+def shrink(source: Path, folder: Path, side: int, *, is_square: bool) -> None:
+    """Write the photographs of `source` with their shorter side, or both, of `side` pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in scan_images(source, flag="--data").items():
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        scale = side / min(image.size)
+        size = (side, side) if is_square else (round(image.width * scale), round(image.height * scale))
+        image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+
+
+def train_and_evaluate(options: argparse.Namespace, name: str, clean: Path, data: Path) -> dict[str, Any]:
     """Train configs/NAME.yaml into WORK/NAME and score it.   -> report.json"""
     config, run = CONFIGS / f"{name}.yaml", options.work / name
     workers = str(options.workers)
     rddm(
         "train", config, "--storage", options.work, "--run", name, "--workers", workers,
-        f"data.uri={json.dumps(str(options.work / 'train'))}",
+        f"data.uri={json.dumps(str(clean))}",
     )  # fmt: skip
     rddm("evaluate", run, "--data", data, "--actors", workers, "--save-images")
     return json.loads((run / "report" / "report.json").read_text())

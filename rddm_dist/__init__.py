@@ -1,10 +1,12 @@
 """Train, evaluate and serve Residual Denoising Diffusion Models (RDDM), the same on a laptop and on a cluster.
 
-The public API: `load_model`, `restore`, `evaluate`, `train`. Imports are lazy, so that importing the package is cheap.
+The public API: `load_model`, `restore`, `generate`, `evaluate`, `train`. Imports are lazy, so that importing the
+package is cheap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +17,72 @@ if TYPE_CHECKING:
     from rddm_dist.loading import Model
     from rddm_dist.training.run import TrainResult
 
-__all__ = ["evaluate", "load_model", "restore", "train"]
+__all__ = ["evaluate", "generate", "load_model", "restore", "train"]
 __version__ = "0.1.0"
 
 
-def load_model(model: str | Path, *, tracking_uri: str = "") -> Model:
+def load_model(model: str | Path, *, tracking_uri: str = "", overrides: Sequence[str] = ()) -> Model:
     """Load a run folder, a checkpoint folder, a .safetensors export or `models:/name@alias` on the CPU.
 
-    Raises ModelError for what is absent or damaged.
+    overrides: `sample.KEY=VALUE`, sampler settings other than the model's own, such as "sample.path=residual_first".
+    Raises ModelError for what is absent or damaged, ConfigError for an override that does not fit.
     """
     from rddm_dist.loading import load_model as load
 
-    return load(str(model), tracking_uri=tracking_uri)
+    return load(str(model), tracking_uri=tracking_uri, overrides=overrides)
 
 
 def restore(
-    model: Model, images: np.ndarray, *, steps: int | None = None, eta: float | None = None, seed: int = 0
+    model: Model,
+    images: np.ndarray,
+    *,
+    masks: np.ndarray | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """Restore images of one size.   images: (B, H, W, 3) uint8 -> (B, H, W, 3) uint8
 
-    The noise of image i is that of id i; None takes the model's own sampler settings.
+    masks: (B, H, W) or (B, H, W, 1) uint8, for a model that sees masks and for no other. The noise of image i is that
+    of id i; None takes the model's own sampler settings.
     """
     from rddm_dist.evaluation.restore import make_restorer
+    from rddm_dist.model.inputs import check_mask
 
-    return make_restorer(model, steps=steps, eta=eta, seed=seed).restore(images, range(len(images)))
+    restorer = make_restorer(model, steps=steps, eta=eta, seed=seed)
+    check_mask(model.config.model.condition, given=masks is not None)
+    return restorer.restore(images, range(len(images)), masks)
 
 
-def evaluate(model: str | Path, data: str, *, protocol: str = "rgb", steps: int | None = None) -> dict[str, Any]:
+def generate(
+    model: Model,
+    num: int,
+    *,
+    first: int = 0,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Generate images first .. first + num - 1 with a model of diffusion.generate=true.   -> (num, H, W, 3) uint8
+
+    size: (H, W), None takes that of training. The noise of an image follows from its number and the seed, whatever the
+    batch; None takes the model's own sampler settings.
+    """
+    import numpy as np
+
+    from rddm_dist.evaluation.generate import make_generator, plan_batches
+
+    generator = make_generator(model, size=size, steps=steps, eta=eta, seed=seed)
+    batches = plan_batches(range(first, first + num), batch_size=batch_size, written=set())
+    empty = np.empty((0, *generator.size, 3), np.uint8)
+    return np.concatenate([empty, *(generator.generate(batch) for batch in batches)])
+
+
+def evaluate(
+    model: str | Path, data: str, *, protocol: str = "rgb", steps: int | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Score a model on a packed dataset in this process.   -> the object of report.json
 
     Raises ConfigError for an unknown protocol, DataError or ModelError for bad inputs.
@@ -50,9 +91,14 @@ def evaluate(model: str | Path, data: str, *, protocol: str = "rgb", steps: int 
     from rddm_dist.evaluation.evaluate import EvalSettings, plan_units, run_here
     from rddm_dist.evaluation.summary import build_report
 
-    loaded = load_model(model)
+    loaded = load_model(model, overrides=overrides)
     sampler = loaded.config.sample
-    settings = EvalSettings(protocol=protocol, steps=sampler.steps if steps is None else steps, eta=sampler.eta)
+    settings = EvalSettings(
+        protocol=protocol,
+        steps=sampler.steps if steps is None else steps,
+        eta=sampler.eta,
+        overrides=tuple(overrides),
+    )
     settings.check()
     manifest = Manifest.load(data)
     units = plan_units(data, manifest, batch_size=settings.batch_size)

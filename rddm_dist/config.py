@@ -11,17 +11,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.errors import ConfigError
 
 IDENTITY, EXTENDABLE, EXECUTION = "identity", "extendable", "execution"
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+PathName = Literal["simultaneous", "residual_first", "noise_first", "two_pass"]
 
 
 def _key(default: Any, key_class: str, description: str, **constraints: Any) -> Any:
@@ -153,7 +155,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         if self.dim % 8:
-            raise ValueError(f"dim={self.dim} must be a multiple of 8")
+            raise ValueError(f"model.dim={self.dim} must be a multiple of 8")
         return self
 
 
@@ -213,7 +215,7 @@ class SampleScheduleSection(Section):
             for key in (name, f"{name}_power"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(
-                        f"{key}={getattr(self, key)} has no effect with {name}_kind=same; set "
+                        f"sample.schedule.{key}={getattr(self, key)} has no effect with {name}_kind=same; set "
                         f"sample.schedule.{name}_kind to linear, power or ddim"
                     )
         return self
@@ -222,7 +224,7 @@ class SampleScheduleSection(Section):
 class SampleSection(Section):
     steps: int = _key(5, EXTENDABLE, "Sampling steps of previews, and the default of evaluate and restore", ge=1)
     update: Literal["pred_noise", "x0", "eta0", "eta1"] = _key("pred_noise", EXTENDABLE, "Update rule of the sampler")
-    path: Literal["simultaneous", "residual_first", "noise_first", "two_pass"] | tuple[tuple[float, float], ...] = _key(
+    path: PathName | tuple[tuple[float, float], ...] = _key(
         "simultaneous", EXTENDABLE, "What is removed first, or a list of [alpha_cumsum, beta_cumsum] down to [0, 0]"
     )
     use: Literal["all", "residual", "noise", "x0"] = _key("all", EXTENDABLE, "The output of two that is used alone")
@@ -231,6 +233,25 @@ class SampleSection(Section):
     every: int = _key(1000, EXTENDABLE, "Training steps between previews (grid and PSNR); 0: none", ge=0)
     images: int = _key(4, EXTENDABLE, "Images in a preview", ge=1, le=64)
     size: int = _key(128, EXTENDABLE, "Preview images are cut to this side in their centre, in pixels", ge=8)
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _check_path(cls, value: Any) -> Any:
+        """Before the type is checked, which would tell of one of the two forms only."""
+        names = get_args(PathName)
+        if not isinstance(value, (list, tuple)):
+            if value not in names:
+                raise ValueError(
+                    f"sample.path={value} is not known; choose one of {', '.join(names)} or give its vertices, a list "
+                    "of [alpha_cumsum, beta_cumsum]"
+                )
+            return value
+        for vertex in value:
+            if not _is_vertex(vertex):
+                raise ValueError(
+                    f"sample.path has the vertex {vertex}; give pairs [alpha_cumsum, beta_cumsum] of numbers"
+                )
+        return value
 
 
 class EngineSection(Section):
@@ -341,7 +362,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must hold sections such as 'train:', not a {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     config = parse_config(values, source=str(path))
     run = config.run.model_copy(update={"name": config.run.name or path.stem, "storage": _absolute(config.run.storage)})
     data = config.data.model_copy(
@@ -358,6 +379,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     )
     train = config.train.model_copy(update={"init_from": _absolute(config.train.init_from)})
     return config.model_copy(update={"run": run, "data": data, "train": train})
+
+
+def _is_vertex(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and len(value) == 2 and all(math.isfinite(float(each)) for each in value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _canonical_degradation(text: str) -> str:
@@ -381,7 +409,8 @@ def parse_config(values: dict[str, Any], *, source: str) -> Config:
         raise ConfigError(f"{source}: {_describe(error)}") from error
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put the value of `section.key=value` into a mapping of sections. Raises ConfigError for another form."""
     name, separator, text = override.partition("=")
     parts = name.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
@@ -410,10 +439,8 @@ def _describe(error: ValidationError) -> str:
             close = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
         return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
     message = first["msg"].removeprefix("Value error, ")
-    if not name:
+    if first["type"] == "value_error":  # of our own validators, which name the key
         return message
-    if first["type"] == "value_error":
-        return f"{name}: {message}"
     return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

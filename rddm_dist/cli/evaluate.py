@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rddm_dist.evaluation.evaluate import EvalSettings
     from rddm_dist.loading import Model
 
+SET_HELP = "Another sampler setting, such as sample.path=residual_first; repeatable"
+SET_METAVAR = "sample.KEY=VALUE"
 MODEL_HELP = "Run folder, checkpoint folder, .safetensors file, or models:/name@alias"
 
 
@@ -35,6 +37,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images of one size per forward", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the sampler's noise", min=0)] = 0,
     save_images: Annotated[bool, typer.Option("--save-images", help="Keep the restored images")] = False,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar=SET_METAVAR, help=SET_HELP)] = None,
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
     """Score a model: report.json, report.html and a table."""
@@ -44,18 +47,20 @@ def evaluate(
     from rddm_dist.loading import load_model
 
     count = 0 if actors == "0" else single_count(actors, flag="--actors")
-    loaded = load_model(model, tracking_uri=tracking_uri)
-    settings = EvalSettings(
+    overrides = sampler_overrides(settings, steps=steps, eta=eta)
+    loaded = load_model(model, tracking_uri=tracking_uri, overrides=overrides)
+    evaluation = EvalSettings(
         protocol=protocol,
         steps=single_steps(steps) if steps else loaded.config.sample.steps,
         eta=eta if eta >= 0 else loaded.config.sample.eta,
         seed=seed,
         batch_size=batch_size,
         device="cuda" if gpus_per_actor or (not count and torch.cuda.is_available()) else "cpu",
+        overrides=overrides,
     )
     folder = out or default_report_dir(loaded)
     report = evaluate_model(
-        loaded, data, settings, actors=count, gpus_per_actor=gpus_per_actor, out=folder, limit=limit,
+        loaded, data, evaluation, actors=count, gpus_per_actor=gpus_per_actor, out=folder, limit=limit,
         save_images=save_images,
     )  # fmt: skip
     print_scores(report)
@@ -63,6 +68,17 @@ def evaluate(
         say(f"failed: {row['error']}")
     say(f"report: {folder / 'report.html'}")
     return 3 if report["failed"] else 0
+
+
+def sampler_overrides(given: list[str] | None, *, steps: str, eta: float) -> tuple[str, ...]:
+    """The --set options; ConfigError where one sets what --steps or --eta set."""
+    from data_pipeline.errors import ConfigError
+
+    keys = {override.partition("=")[0].strip() for override in given or ()}
+    for short, is_given in (("steps", bool(steps)), ("eta", eta >= 0)):
+        if is_given and f"sample.{short}" in keys:
+            raise ConfigError(f"--{short} and --set sample.{short} say the same; give one of them")
+    return tuple(given or ())
 
 
 def default_report_dir(model: Model) -> Path:
@@ -85,24 +101,20 @@ def evaluate_model(
     limit: int = 0,
     save_images: bool = False,
 ) -> dict[str, Any]:
-    """Run the units with a progress bar and write report.json and report.html into `out`.   -> the report"""
+    """Run the units with a progress bar and write report.json and report.html into `out`.   -> the report
+
+    model: loaded with settings.overrides
+    """
     from data_pipeline.errors import ConfigError
     from data_pipeline.manifest import Manifest
-    from rddm_dist.diffusion.sampler import check_sampling
     from rddm_dist.evaluation.evaluate import plan_units, run_here
+    from rddm_dist.evaluation.restore import restore_settings
     from rddm_dist.evaluation.summary import build_report, write_report_files
 
     settings.check()
-    check_sampling(
-        model.schedule,
-        objective=model.config.diffusion.objective,
-        steps=settings.steps,
-        eta=settings.eta,
-        update=model.config.sample.update,
-        process=model.config.diffusion.process,
-        path=model.config.sample.path,
-        use=model.config.sample.use,
-    )
+    sampler = restore_settings(model.config, steps=settings.steps, eta=settings.eta, seed=settings.seed)
+    sampler.check_restoring()
+    sampler.check(model.schedule)
     manifest = Manifest.load(data)
     if model.config.model.condition == "input_mask" and not manifest.has_mask:
         raise ConfigError(f"the model needs masks and {data} has none; pack it with --mask")

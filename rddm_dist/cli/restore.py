@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rddm_dist.cli.arguments import single_steps
-from rddm_dist.cli.evaluate import MODEL_HELP
+from rddm_dist.cli.evaluate import MODEL_HELP, SET_HELP, SET_METAVAR, sampler_overrides
 from rddm_dist.cli.progress import ProgressBar, say
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rddm_dist.evaluation.restore import Restorer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -28,6 +30,8 @@ def restore(
     steps: Annotated[str, typer.Option(help="Sampling steps; default: the model's")] = "",
     eta: Annotated[float, typer.Option(help="Stochasticity; below 0: the model's", max=1)] = -1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampler's noise", min=0)] = 0,
+    mask: Annotated[Path | None, typer.Option(help="Mask of the image, or folder of masks named alike")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar=SET_METAVAR, help=SET_HELP)] = None,
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
     """Restore images; exit code 3 when some could not be read."""
@@ -36,10 +40,15 @@ def restore(
     from data_pipeline.errors import DataError
     from rddm_dist.evaluation.restore import make_restorer
     from rddm_dist.loading import load_model
+    from rddm_dist.model.inputs import check_mask
 
     jobs = list_images(inputs, out)
+    masks = find_masks(jobs, mask, out=out) if mask is not None else {}
+    overrides = sampler_overrides(settings, steps=steps, eta=eta)
+    loaded = load_model(model, tracking_uri=tracking_uri, overrides=overrides)
+    check_mask(loaded.config.model.condition, given=mask is not None)
     restorer = make_restorer(
-        load_model(model, tracking_uri=tracking_uri),
+        loaded,
         steps=single_steps(steps) if steps else None,
         eta=eta if eta >= 0 else None,
         seed=seed,
@@ -49,7 +58,7 @@ def restore(
     with ProgressBar("restore", len(jobs)) as bar:
         for done, (source, target) in enumerate(jobs, start=1):
             try:
-                _restore_file(restorer, source, target)
+                _restore_file(restorer, source, target, masks.get(source))
             except DataError as error:
                 failed.append(str(error))
             bar.update(done, source.name)
@@ -82,23 +91,56 @@ def list_images(inputs: list[Path], out: Path) -> list[tuple[Path, Path]]:
     return jobs
 
 
-def _restore_file(restorer: Restorer, source: Path, target: Path) -> None:
+def find_masks(jobs: list[tuple[Path, Path]], mask: Path, *, out: Path) -> dict[Path, Path]:
+    """The mask of every image: `mask` itself, or the image in it of the same name, whatever its type.   -> by source
+
+    jobs: (source, target inside `out`). Raises DataError where an image has none, or has several.
+    """
+    from data_pipeline.errors import DataError
+
+    if mask.is_file():
+        if len(jobs) > 1:
+            raise DataError(f"--mask {mask} is one image for {len(jobs)}; give a folder of masks named like the images")
+        return {jobs[0][0]: mask}
+    if not mask.is_dir():
+        raise DataError(f"--mask {mask} does not exist; give an image, or a folder of images")
+    found: dict[Path, list[Path]] = {}
+    for path in sorted(path for path in mask.rglob("*") if path.suffix.lower() in SUFFIXES):
+        found.setdefault(path.relative_to(mask).with_suffix(""), []).append(path)
+    chosen: dict[Path, Path] = {}
+    for source, target in jobs:
+        name = target.relative_to(out).with_suffix("")
+        masks = found.get(name, [])
+        if not masks:
+            raise DataError(f"{source} has no mask in {mask}; give it one named {name}.png, as every image needs")
+        if len(masks) > 1:
+            raise DataError(f"{source} has {len(masks)} masks, {masks[0]} and {masks[1]}; leave one")
+        chosen[source] = masks[0]
+    return chosen
+
+
+def _restore_file(restorer: Restorer, source: Path, target: Path, mask: Path | None) -> None:
     """Restore one image; the result is written whole or not at all."""
-    from PIL import Image
-
-    from data_pipeline.errors import BadSample, DataError
-    from data_pipeline.records import decode_image
+    from data_pipeline.errors import DataError
     from data_pipeline.rng import stable_id
+    from rddm_dist.evaluation.restore import write_png
+
+    image = _read_image(source, channels=3)
+    masks = None
+    if mask is not None:
+        masks = _read_image(mask, channels=1)[None]
+        if masks.shape[1:3] != image.shape[:2]:
+            sizes = [f"{width}x{height}" for height, width in (masks.shape[1:3], image.shape[:2])]
+            raise DataError(f"{source}: its mask {mask} is {sizes[0]}, the image {sizes[1]}; give one of the same size")
+    write_png(target, restorer.restore(image[None], [stable_id(source.stem)], masks)[0])
+
+
+def _read_image(path: Path, *, channels: int) -> np.ndarray:
+    """(H, W, channels) uint8; DataError for what cannot be read."""
+    from data_pipeline.decode import decode_image
+    from data_pipeline.errors import BadSample, DataError
 
     try:
-        image = decode_image(source.read_bytes(), source.suffix[1:].lower(), channels=3)
+        return decode_image(path.read_bytes(), path.suffix[1:].lower(), channels=channels)
     except (BadSample, OSError) as error:
-        raise DataError(f"{source}: {error}") from error
-    restored = restorer.restore(image[None], [stable_id(source.stem)])[0]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    try:
-        Image.fromarray(restored).save(temporary, format="PNG")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: {error}") from error

@@ -38,7 +38,7 @@ def train(
     resolved = load_config(config, [*(overrides or []), *run_overrides(storage, run)])
     count = single_count(workers, flag="--workers")
     if dry_run:
-        _print_plan(check_run(resolved, workers=count, gpus_per_worker=gpus_per_worker))
+        _plan_run(resolved, workers=count, gpus_per_worker=gpus_per_worker)
         return 0
     result = train_here(resolved, workers=count, gpus_per_worker=gpus_per_worker)
     return result.exit_code
@@ -52,15 +52,20 @@ def run_overrides(storage: str, run: str) -> list[str]:
 
 def check_run(config: Config, *, workers: int, gpus_per_worker: int) -> Prepared:
     """Everything that can be found out before a worker starts; nothing is written."""
-    from rddm_dist.training.engine import check_engine
     from rddm_dist.training.prepare import prepare
-    from rddm_dist.training.toolchain import check_toolchain
 
     prepared = prepare(config, world_size=workers)
+    _check_machine(config, gpus_per_worker=gpus_per_worker)
+    return prepared
+
+
+def _check_machine(config: Config, *, gpus_per_worker: int) -> None:
+    from rddm_dist.training.engine import check_engine
+    from rddm_dist.training.toolchain import check_toolchain
+
     check_engine(config.engine, on_gpu=gpus_per_worker > 0)
     if not gpus_per_worker:
         check_toolchain()
-    return prepared
 
 
 def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
@@ -96,46 +101,76 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
             return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
 
 
-def _print_plan(prepared: Prepared) -> None:
+def _plan_run(config: Config, *, workers: int, gpus_per_worker: int) -> None:
+    """Check a run and print its plan; where its datasets are not there yet, all that does not need them."""
     from rddm_dist.config import to_yaml
+    from rddm_dist.training.data import absent_datasets
+    from rddm_dist.training.prepare import check_settings, run_dir_of
 
-    say(to_yaml(prepared.config).rstrip())
-    say(f"# run folder: {prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})")
-    say(f"# data: {prepared.data.describe()}")
-    say(f"# {prepared.plan.describe()}")
+    absent = absent_datasets(config)
+    if absent and config.data.uris:
+        plan = check_settings(config, world_size=workers)
+        _check_machine(config, gpus_per_worker=gpus_per_worker)
+        where, data = str(run_dir_of(config)), f"NOT THERE YET, not checked: {', '.join(absent)}; see rddm pack --help"
+    else:
+        prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
+        plan, data = prepared.plan, prepared.data.describe()
+        where = f"{prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})"
+    say(to_yaml(config).rstrip())
+    say(f"# run folder: {where}")
+    say(f"# data: {data}")
+    say(f"# {plan.describe()}")
 
 
 class TrainConsole:
     """Turns journal records into a short story and a progress bar."""
 
     def __init__(self, config: Config) -> None:
-        self._bar = ProgressBar("train", config.train.steps)
+        self._steps = config.train.steps
+        self._bar = ProgressBar("train", self._steps)
+        self._generates = config.diffusion.generate
 
     def __enter__(self) -> TrainConsole:
         self._bar.__enter__()
         return self
 
     def on_event(self, record: dict[str, Any]) -> None:
-        event = record["event"]
+        event, metrics = record["event"], record.get("metrics", {})
         if event in ("started", "resumed"):
-            where = f"resumed at step {record['step']}" if event == "resumed" else "training starts"
-            say(f"{where}: {record['plan']}")
-            for text in record["skipped"]:
-                say(f"SKIPPED: {text}")
-            for change in record["changes"]:
-                say(f"changed: {change}")
-            self._bar.update(record["step"])
-        elif event == "metrics" and "train/loss" in record["metrics"]:
-            metrics = record["metrics"]
+            self._begin(record)
+        elif event == "metrics" and "search/loss" in metrics:
+            note = f"search: loss {metrics['search/loss']:.4f}  weight {metrics['search/weight']:.4f}"
+            self._bar.update(record["step"], f"{note}  {metrics['search/images_per_s']:.1f} images/s")
+        elif event == "metrics" and "train/loss" in metrics:
             note = f"loss {metrics['train/loss']:.4f}  {metrics['perf/images_per_s']:.1f} images/s"
             self._bar.update(record["step"], note)
-        elif event == "metrics":
-            say(f"  step {record['step']}: preview PSNR {float(record['metrics']['preview/psnr']):.2f} dB")
+        elif event == "metrics" and "preview/psnr" in metrics:
+            say(f"  step {record['step']}: preview PSNR {float(metrics['preview/psnr']):.2f} dB")
+        elif event == "preview" and self._generates:
+            say(f"  step {record['step']}: preview {record['path']}")
+        elif event == "selected":
+            self._bar.__exit__(None, None, None)
+            say(
+                f"objective selected at step {record['step']} of the search: {record['objective']} (weight "
+                f"{record['weight']:.4f}); training starts anew with it"
+            )
+            self._bar = ProgressBar("train", self._steps)
+            self._bar.__enter__()
         elif event == "finished":
             if record["status"] == "stopped":
                 say(f"stopped at step {record['step']} ({record['reason']}); the same command continues")
             else:
                 say(f"trained to step {record['step']}")
+
+    def _begin(self, record: dict[str, Any]) -> None:
+        what = "the search for the objective" if record["phase"] == "search" else "training"
+        again = f"resumed at step {record['step']}" + (f" of {what}" if record["phase"] == "search" else "")
+        say(f"{again if record['event'] == 'resumed' else f'{what} starts'}: {record['plan']}")
+        for text in record["skipped"]:
+            say(f"SKIPPED: {text}")
+        for change in record["changes"]:
+            say(f"changed: {change}")
+        self._bar.update(record["step"])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

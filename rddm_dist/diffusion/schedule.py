@@ -17,6 +17,8 @@ PART_KINDS = ("same", *KINDS)
 SHAPES = {"linear": ("decreased", "increased", "average"), "power": ("decreased", "increased", "average", "normal")}
 DDPM_BETAS = ("linear", "scaled_linear", "squaredcos")
 PARITIES = ("clean", "official")
+# Beyond these the tables, which are float32, end in 0 or infinity.
+SUM_SCALES = (1e-30, 1e30)
 
 # What the authors put in place of 1 - alpha_cumsum[T], and their floor of the posterior variance under the logarithm.
 OFFICIAL_ONE_MINUS_ALPHA_CUMSUM = 1e-6
@@ -100,10 +102,13 @@ def make_schedule(
     _check_choice("diffusion.parity", parity, PARITIES)
     if num_timesteps < 1:
         raise ConfigError(f"diffusion.num_timesteps={num_timesteps} must be at least 1")
-    if not (math.isfinite(sum_scale) and sum_scale > 0):
-        raise ConfigError(f"diffusion.sum_scale={sum_scale} must be a number above 0")
-    alpha_kind = kind if alpha_kind == "same" else alpha_kind
-    beta2_kind = kind if beta2_kind == "same" else beta2_kind
+    if not SUM_SCALES[0] <= sum_scale <= SUM_SCALES[1]:
+        raise ConfigError(
+            f"diffusion.sum_scale={sum_scale} must be a number above 0, in {SUM_SCALES[0]:g}..{SUM_SCALES[1]:g}"
+        )
+    # The key that decides, for messages, beside the kind.
+    alpha_key, alpha_kind = ("kind", kind) if alpha_kind == "same" else ("alpha_kind", alpha_kind)
+    beta2_key, beta2_kind = ("kind", kind) if beta2_kind == "same" else ("beta2_kind", beta2_kind)
     is_official = parity == "official"
 
     def dtype_of(family: str) -> torch.dtype:
@@ -112,12 +117,12 @@ def make_schedule(
     if alpha_kind == "ddim":
         alpha_tables = _ddim_alpha(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), is_official)
     else:
-        weights = _weights("alpha", alpha_kind, alpha, alpha_power, num_timesteps, dtype_of(alpha_kind))
+        weights = _weights("alpha", alpha_key, alpha_kind, alpha, alpha_power, num_timesteps, dtype_of(alpha_kind))
         alpha_tables = _summed_alpha(weights, is_official)
     if beta2_kind == "ddim":
         beta2_tables = _ddim_beta2(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), sum_scale, is_official)
     else:
-        weights = _weights("beta2", beta2_kind, beta2, beta2_power, num_timesteps, dtype_of(beta2_kind)) * sum_scale
+        weights = _weights("beta2", beta2_key, beta2_kind, beta2, beta2_power, num_timesteps, dtype_of(beta2_kind)) * sum_scale
         sums = torch.cumsum(weights, 0)
         beta2_tables = weights, sums.clamp(0, 1) if is_official else sums
     return _assemble(alpha_tables, beta2_tables, sum_scale=sum_scale, parity=parity)

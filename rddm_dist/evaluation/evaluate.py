@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data_pipeline.errors import BadSample, ConfigError, DataError
 from data_pipeline.manifest import Manifest
@@ -25,14 +24,17 @@ from data_pipeline.reader import Dataset, EvalEntry, Place
 from data_pipeline.records import Sample
 from data_pipeline.rng import stable_id
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
-from rddm_dist.evaluation.restore import load_restorer
+from rddm_dist.evaluation.restore import load_restorer, write_png
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Everything a score depends on besides weights and data; recorded in the report."""
+    """Everything a score depends on besides weights and data; recorded in the report.
+
+    overrides: `sample.KEY=VALUE`, changes of the model's own sampler settings (see `loading.override_sampler`).
+    """
 
     protocol: str = "rgb"
     steps: int = 5
@@ -41,6 +43,7 @@ class EvalSettings:
     batch_size: int = 4
     threads: int = 1
     device: str = "cpu"
+    overrides: tuple[str, ...] = ()
 
     def check(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -97,7 +100,12 @@ class UnitRunner:
     def __init__(self, model: str, uri: str, settings: EvalSettings, *, images_dir: str = "") -> None:
         torch.set_num_threads(settings.threads)
         self._restorer = load_restorer(
-            model, steps=settings.steps, eta=settings.eta, seed=settings.seed, device=settings.device
+            model,
+            steps=settings.steps,
+            eta=settings.eta,
+            seed=settings.seed,
+            device=settings.device,
+            overrides=settings.overrides,
         )
         self._dataset = Dataset(uri)
         self._settings = settings
@@ -131,8 +139,7 @@ class UnitRunner:
             degraded, target = (self._restorer.as_restored(pixels) for pixels in (degraded, sample.target))
             before, after = score(protocol, degraded, target), score(protocol, image, target)
             if self._images_dir is not None:
-                self._images_dir.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(self._images_dir / f"{sample.key}.png")
+                write_png(self._images_dir / f"{sample.key}.png", image)
             rows.append(
                 {
                     "key": sample.key,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,12 +242,21 @@ def _facts(report: Mapping[str, Any], mlflow: Mapping[str, str] | None) -> str:
     ]
     cards = "".join(
         f'<div class="card"><h3>{name}</h3><dl>'
-        + "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in _flat(facts))
         + "</dl></div>"
         for name, facts in groups
         if facts
     )
     return f'<h2>What was measured</h2><div class="facts">{cards}</div>'
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _exceptions(summary: Mapping[str, Any]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +20,7 @@ from data_pipeline.rng import Draws
 from rddm_dist.diffusion.path import PathChoice
 from rddm_dist.diffusion.sampler import check_sampling, sample
 from rddm_dist.diffusion.schedule import Schedule
+from rddm_dist.model.folding import folded
 from rddm_dist.model.net import Network
 
 if TYPE_CHECKING:
@@ -27,7 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RestoreSettings:
-    """How a network is sampled; `describe()` goes into report.json beside the protocol."""
+    """How a network is sampled; `describe()` goes into report.json beside the protocol.
+
+    `schedule` is for the record: the settings that the tables of training were made of, and under "sampling" those that
+    replace them.
+    """
 
     objective: str
     steps: int = 5
@@ -37,32 +44,96 @@ class RestoreSettings:
     path: PathChoice = "simultaneous"
     use: str = "all"
     process: str = "rddm"
+    generate: bool = False
     self_condition: bool = False
     clip_residual: tuple[float, float] = (-2.0, 2.0)
     time_input: str = "index"
     preprocess: Preprocess = Preprocess()
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise ConfigError where they cannot be sampled with these tables."""
+        check_sampling(
+            schedule,
+            objective=self.objective,
+            steps=self.steps,
+            eta=self.eta,
+            update=self.update,
+            process=self.process,
+            path=self.path,
+            use=self.use,
+        )
+
+    def check_restoring(self) -> None:
+        """Raise ModelError for a network that restores nothing."""
+        if self.generate:
+            raise ModelError(
+                "this model generates images from noise alone (diffusion.generate=true) and restores none; use "
+                "rddm sample"
+            )
+
+    def check_generating(self) -> None:
+        """Raise ModelError for a network that generates nothing."""
+        if not self.generate:
+            raise ModelError(
+                "this model restores degraded images and generates none; use rddm restore, or a model trained with "
+                "diffusion.generate=true"
+            )
 
     def describe(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
         return {**vars(self), "clip_residual": list(self.clip_residual), "preprocess": asdict(self.preprocess)}
 
 
-class Restorer:
-    """A network with its schedule and sampler settings; the tables follow the network's device."""
+class NetSampler:
+    """A network ready to be sampled: its filters folded once, its tables on its device.
 
-    def __init__(self, net: Network, schedule: Schedule, settings: RestoreSettings) -> None:
-        check_sampling(
-            schedule,
+    The network that was given stays as it is and where it is.
+    """
+
+    def __init__(
+        self, net: Network, schedule: Schedule, settings: RestoreSettings, *, device: str | torch.device | None = None
+    ) -> None:
+        settings.check(schedule)
+        self.device = next(net.parameters()).device if device is None else torch.device(device)
+        # Folded where it lies, so that a GPU holds the folded filters alone.
+        self._net = folded(net).to(self.device)
+        self._schedule, self._settings = schedule.to(self.device), settings
+        self.multiple_of = net.multiple_of
+
+    def __call__(self, x_in: Tensor, ids: Sequence[int], mask: Tensor | None = None) -> Tensor:
+        """x_in: (B, C, H, W) float32 in [-1, 1] on the device, H and W multiples of `multiple_of`; of a generating
+        network its shape alone counts; ids: B ids that decide the noise; mask: (B, 1, H, W) float32 in [0, 1] or None
+        ->  (B, C, H, W) float32 in [-1, 1]."""
+        settings = self._settings
+        return sample(
+            self._net,
+            self._schedule,
             objective=settings.objective,
+            x_in=x_in,
             steps=settings.steps,
+            draws=Draws(settings.seed, torch.tensor(list(ids), dtype=torch.int64), str(self.device)),
             eta=settings.eta,
+            mask=mask,
             update=settings.update,
+            clip_residual=settings.clip_residual,
+            time_input=settings.time_input,
+            generate=settings.generate,
             process=settings.process,
+            self_condition=settings.self_condition,
             path=settings.path,
             use=settings.use,
         )
-        self._device = next(net.parameters()).device
-        self._net, self._schedule = net.eval(), schedule.to(self._device)
+
+
+class Restorer:
+    """A network with its schedule and sampler settings, from 8-bit images to 8-bit images."""
+
+    def __init__(
+        self, net: Network, schedule: Schedule, settings: RestoreSettings, *, device: str | torch.device | None = None
+    ) -> None:
+        settings.check_restoring()
+        self._sampler = NetSampler(net, schedule, settings, device=device)
         self.settings = settings
 
     def restore(self, images: np.ndarray, ids: Sequence[int], masks: np.ndarray | None = None) -> np.ndarray:
@@ -78,42 +149,50 @@ class Restorer:
             raise DataError(f"images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}")
         if len(ids) != len(images):
             raise DataError(f"{len(images)} images need as many ids, got {len(ids)}")
-        preprocess = self.settings.preprocess
+        preprocess, device = self.settings.preprocess, self._sampler.device
         if masks is not None:
-            masks = masks.reshape(*images.shape[:3], 1)
+            masks = _check_masks(masks, images.shape[:3])
         height, width = (preprocess.resize, preprocess.resize) if preprocess.resize else images.shape[1:3]
         if not preprocess.is_identity:
             images = np.stack([preprocess.apply(image, field="input") for image in images])
             masks = None if masks is None else np.stack([preprocess.apply(mask, field="mask") for mask in masks])
-        x_in = torch.tensor(images).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        x_in = torch.tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         mask = None
         if masks is not None:
-            mask = torch.tensor(masks).to(self._device).permute(0, 3, 1, 2).float() / 255.0
-        x0 = sample(
-            self._net,
-            self._schedule,
-            objective=self.settings.objective,
-            x_in=pad_to_multiple(x_in, self._net.multiple_of),
-            steps=self.settings.steps,
-            draws=Draws(self.settings.seed, torch.tensor(list(ids), dtype=torch.int64), str(self._device)),
-            eta=self.settings.eta,
-            mask=None if mask is None else pad_to_multiple(mask, self._net.multiple_of),
-            update=self.settings.update,
-            clip_residual=self.settings.clip_residual,
-            time_input=self.settings.time_input,
-            process=self.settings.process,
-            self_condition=self.settings.self_condition,
-            path=self.settings.path,
-            use=self.settings.use,
-        )[..., :height, :width]
-        if not bool(torch.isfinite(x0).all()):
-            raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
-        restored = ((x0 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return restored.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            mask = torch.tensor(masks).to(device).permute(0, 3, 1, 2).float() / 255.0
+            mask = pad_to_multiple(mask, self._sampler.multiple_of)
+        x0 = self._sampler(pad_to_multiple(x_in, self._sampler.multiple_of), ids, mask)
+        return to_images(x0[..., :height, :width])
 
     def as_restored(self, image: np.ndarray) -> np.ndarray:
         """An image in the geometry of the restored ones, for comparing: resized where they are.   (H, W, C) uint8"""
         return self.settings.preprocess.apply(image, field="target") if self.settings.preprocess.resize else image
+
+
+def _check_masks(masks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(B, H, W, 1) of the masks for images of shape (B, H, W)."""
+    if masks.dtype != np.uint8 or masks.shape not in (shape, (*shape, 1)):
+        raise DataError(f"masks for these images must be {shape} uint8, got {masks.shape} {masks.dtype}")
+    return masks.reshape(*shape, 1)
+
+
+def to_images(x0: Tensor) -> np.ndarray:
+    """(B, C, H, W) float in [-1, 1]  ->  (B, H, W, C) uint8, rounded; ModelError for what is not finite."""
+    if not bool(torch.isfinite(x0).all()):
+        raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
+    pixels = ((x0 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image as PNG, whole or not at all, with the folders it lies in.   image: (H, W, 3) uint8"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -138,10 +217,18 @@ def restore_settings(
         path=config.sample.path,
         use=config.sample.use,
         process=config.diffusion.process,
+        generate=config.diffusion.generate,
         self_condition=config.model.self_condition,
         clip_residual=config.diffusion.residual_clip,
         time_input=config.diffusion.time_input,
         preprocess=Preprocess(**config.data.preprocess.model_dump()),
+        schedule={
+            **config.diffusion.schedule.model_dump(),
+            "num_timesteps": config.diffusion.num_timesteps,
+            "sum_scale": config.diffusion.sum_scale,
+            "parity": config.diffusion.parity,
+            "sampling": config.sample.schedule.model_dump(),
+        },
     )
 
 
@@ -150,13 +237,19 @@ def make_restorer(
 ) -> Restorer:
     """A restorer for a loaded model; None takes the model's own sample.steps and sample.eta."""
     settings = restore_settings(model.config, steps=steps, eta=eta, seed=seed)
-    return Restorer(model.net.to(device), model.schedule, settings)
+    return Restorer(model.net, model.schedule, settings, device=device)
 
 
 def load_restorer(
-    path: str | Path, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
 ) -> Restorer:
     """A restorer from a .safetensors export, a run folder or a checkpoint; see `rddm_dist.loading.load_model`."""
     from rddm_dist.loading import load_model
 
-    return make_restorer(load_model(str(path)), steps=steps, eta=eta, seed=seed, device=device)
+    return make_restorer(load_model(str(path), overrides=overrides), steps=steps, eta=eta, seed=seed, device=device)

@@ -53,13 +53,15 @@ class Published:
     """What a trainer file holds.
 
     state: weights under our keys, float32; model: arguments of `build_net`; schedule: arguments of `make_schedule`, or
-    None where the buffers are absent or fit none; weights: which of the file's copies, "ema" or "model"; alpha_res: the
-    weight of the objective search (above 0.5 the residual won) or None; lineage: one of LINEAGES.
+    None where the buffers are absent or fit none; tables: the buffers, (T,) by their names in BUFFERS, or None where
+    one is absent; weights: which of the file's copies, "ema" or "model"; alpha_res: the weight of the objective search
+    (above 0.5 the residual won) or None; lineage: one of LINEAGES.
     """
 
     state: dict[str, Tensor]
     model: dict[str, Any]
     schedule: dict[str, Any] | None
+    tables: dict[str, Tensor] | None
     step: int
     weights: str
     alpha_res: float | None
@@ -88,14 +90,19 @@ def read_published(path: str | Path, *, self_condition: bool | None = None, weig
     unknown = [name for name in module if name not in known]
     if unknown:
         raise ModelError(f"{path} holds {_list(unknown)} besides network and schedule; it is of another method")
-    if "alpha_res" in module and module["alpha_res"].numel() != 1:
-        raise ModelError(f"{path}: alpha_res must be one number, it has {module['alpha_res'].numel()}")
+    if "alpha_res" in module and (module["alpha_res"].numel() != 1 or not bool(module["alpha_res"].isfinite())):
+        raise ModelError(f"{path}: alpha_res must be one number, it is {module['alpha_res'].flatten()[:3].tolist()}")
     settings = identify_network(network, self_condition=self_condition, source=str(path))
-    has_schedule = all(name in module for name in BUFFERS)
+    tables = {name: module[name] for name in BUFFERS} if all(name in module for name in BUFFERS) else None
+    if tables and any(table.shape != (max(table.numel(), 1),) for table in tables.values()):
+        raise ModelError(f"{path}: the tables of its schedule are not rows of numbers; it is damaged")
+    if tables and len({len(table) for table in tables.values()}) > 1:
+        raise ModelError(f"{path}: the tables of its schedule differ in length; it is damaged")
     return Published(
         state={name: network[name].contiguous() for name in _meta_net(settings).state_dict()},
         model=settings,
-        schedule=_recognise(module) if has_schedule else None,
+        schedule=_recognise(tables) if tables else None,
+        tables=tables,
         step=document["step"],
         weights=weights,
         alpha_res=float(module["alpha_res"]) if "alpha_res" in module else None,
@@ -154,8 +161,8 @@ def write_published(
     """Write weights as a trainer file of the authors; `read_published` gives them back bit for bit.
 
     state: our keys, float32; model: arguments of `build_net`. The weights stand as `model` and as both copies of `ema`;
-    the optimizers are fresh. The write is atomic. Raises ConfigError for an unknown lineage or one that lacks the
-    network, ModelError for weights that do not fit `model`.
+    the optimizers are fresh. The write is atomic, and equal inputs give equal bytes. Raises ConfigError for an unknown
+    lineage or one that lacks the network, ModelError for weights that do not fit `model`.
     """
     if lineage not in LINEAGES:
         raise ConfigError(f"lineage={lineage} is not known; choose one of {', '.join(LINEAGES)}")
@@ -174,7 +181,8 @@ def write_published(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(document, temporary)
+        with temporary.open("wb") as file:  # given a name, torch would write it into the file
+            torch.save(document, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -182,6 +190,8 @@ def write_published(
 
 def _load(path: Path) -> dict[str, Any]:
     """The file as a dict that has `step`, `model` and, if any, `ema` of the right types."""
+    if path.is_dir():
+        raise ModelError(f"checkpoint {path} is a folder; give the trainer's file in it, such as {path / 'model-1.pt'}")
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     if path.stat().st_size < 100:
@@ -252,13 +262,13 @@ def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
         raise ModelError(f"{source}: no network has these keys and shapes: {'; '.join(told)}")
 
 
-def _recognise(module: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _recognise(tables: Mapping[str, Tensor]) -> dict[str, Any] | None:
     return recognise_schedule(
-        alpha=module["alphas"],
-        alpha_cumsum=module["alphas_cumsum"],
-        beta2=module["betas2"],
-        beta2_cumsum=module["betas2_cumsum"],
-        one_minus_alpha_cumsum=module["one_minus_alphas_cumsum"],
+        alpha=tables["alphas"],
+        alpha_cumsum=tables["alphas_cumsum"],
+        beta2=tables["betas2"],
+        beta2_cumsum=tables["betas2_cumsum"],
+        one_minus_alpha_cumsum=tables["one_minus_alphas_cumsum"],
     )
 
 

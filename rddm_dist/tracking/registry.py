@@ -20,6 +20,7 @@ from rddm_dist.tracking.store import SQLITE, ensure_experiment, open_client, sql
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
 
 log = logging.getLogger(__name__)
 
@@ -185,27 +186,17 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    # Of a logged model without a run MLflow would ask the store that is the default where the process stands.
+    model_id = logged.model_id if run_id else None
     return client.create_model_version(
-        name, source=logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id
+        name, source=logged.artifact_location, run_id=run_id, tags=tags, model_id=model_id
     )
 
 
 def _write_pyfunc(folder: Path, model_path: Path, config: Mapping[str, Any], description: Any) -> None:
     """The model folder: MLmodel, pyfunc.py as source, the weights as an artifact, the packages it needs."""
     import mlflow.pyfunc
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    images = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))])
-    sample = config.get("sample", {})
-    params = ParamSchema(
-        [
-            ParamSpec("steps", "long", int(sample.get("steps", 5))),
-            ParamSpec("eta", "double", float(sample.get("eta", 0.0))),
-            ParamSpec("seed", "long", 0),
-        ]
-    )
     with warnings.catch_warnings():
         # MLflow would like an example to derive the signature from; ours is written out.
         warnings.filterwarnings("ignore", ".*input example", UserWarning)
@@ -213,10 +204,35 @@ def _write_pyfunc(folder: Path, model_path: Path, config: Mapping[str, Any], des
             path=str(folder),
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"weights": str(model_path)},
-            signature=ModelSignature(inputs=images, outputs=images, params=params),
+            signature=pyfunc_signature(config),
             pip_requirements=_requirements(),
             mlflow_model=description,
         )
+
+
+def pyfunc_signature(config: Mapping[str, Any]) -> ModelSignature:
+    """What the registered model takes: images; images and masks by name where it sees masks; numbers where it
+    generates."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    pixels = np.dtype("uint8")
+    images = Schema([TensorSpec(pixels, (-1, -1, -1, 3))])
+    inputs, generates = images, bool(config.get("diffusion", {}).get("generate"))
+    if generates:
+        inputs = Schema([TensorSpec(np.dtype("int64"), (-1,))])
+    elif config.get("model", {}).get("condition") == "input_mask":
+        inputs = Schema([TensorSpec(pixels, (-1, -1, -1, 3), "images"), TensorSpec(pixels, (-1, -1, -1), "masks")])
+    sample = config.get("sample", {})
+    params = [
+        ParamSpec("steps", "long", int(sample.get("steps", 5))),
+        ParamSpec("eta", "double", float(sample.get("eta", 0.0))),
+        ParamSpec("seed", "long", 0),
+    ]
+    if generates:
+        params.append(ParamSpec("side", "long", 0))
+    return ModelSignature(inputs=inputs, outputs=images, params=ParamSchema(params))
 
 
 def _requirements() -> list[str]:

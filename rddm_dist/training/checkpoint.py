@@ -1,6 +1,6 @@
 """Checkpoints: fragments without pickle, committed as a transaction, readable at any world size and ZeRO stage.
 
-Folder `<run>/checkpoints/step-NNNNNNNN/`:
+Folder `<run>/checkpoints/step-NNNNNNNN/` (`<run>/search/...` while the objective is searched):
   rank-NNNNN.safetensors   the pieces one rank holds: tensors "<kind>/<parameter>@<start>", kind weight, ema, exp_avg...
   rank-NNNNN.json          the list of those pieces: kind, parameter, first element, count
   COMMIT.json              written last, by rank 0: size and sha256 of every file, and the scalars of the run
@@ -28,6 +28,7 @@ from data_pipeline.errors import ModelError
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import Engine, Piece
+from rddm_dist.training.selection import Selection, parse_selection
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ FileTable = dict[str, tuple[int, str]]  # name -> (bytes, sha256)
 
 @dataclass(frozen=True)
 class Progress:
-    """Everything a run carries besides tensors. `position` counts samples since the run began."""
+    """Everything a run carries besides tensors. `position` counts samples since the run began.
+
+    `selection`: with diffusion.objective=auto how far the search has come, or its outcome; else None.
+    """
 
     step: int
     position: int
@@ -48,6 +52,7 @@ class Progress:
     data_fingerprint: str
     world_size: int
     zero_stage: int
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,16 @@ def read_commit(path: Path) -> Checkpoint:
         raise ModelError(f"{path / COMMIT} is damaged: its own sha256 does not match")
     return Checkpoint(
         path=path,
-        progress=Progress(**body["progress"]),
+        progress=_parse_progress(body["progress"]),
         shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
         files={name: (entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()},
     )
+
+
+def _parse_progress(values: dict[str, Any]) -> Progress:
+    # Checkpoints of earlier versions say nothing of a selection.
+    selection = values.get("selection")
+    return Progress(**{**values, "selection": None if selection is None else parse_selection(selection)})
 
 
 def verify(checkpoint: Checkpoint) -> None:

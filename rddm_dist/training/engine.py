@@ -14,7 +14,7 @@ import fcntl
 import io
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LEFT_LOCK_S = 5.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NOISE_NET = "unet1."
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DERIVED_KEYS = (
@@ -105,8 +106,9 @@ class Engine:
         self.plan = plan
         net = net.to(self.device)
         self._shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+        groups, self._lr_ratios = parameter_groups(net, optim)
         optimizer = OPTIMIZERS[optim.name](
-            net.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         config = deepspeed_config(engine, optim, plan)
         chatter = io.StringIO()
@@ -129,19 +131,26 @@ class Engine:
         x_self: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The network in the engine's number format, from and to float32."""
-        images = [None if image is None else image.to(self.dtype) for image in (x_t, x_in, mask, x_self)]
-        return tuple(output.float() for output in self.net(images[0], times, *images[1:]))
+        return call_in(self.dtype, self.net, x_t, times, x_in, mask, x_self)
 
     # -- stepping ----------------------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
         self.net.backward(loss)
 
+    def next_micro_batch(self) -> None:
+        """Between the micro-batches of a step: DeepSpeed counts them in its step(), which updates after the last."""
+        assert not self.net.is_gradient_accumulation_boundary()
+        self.net.step()
+
     def step(self, *, lr: float) -> None:
-        """Optimizer step at an accumulation boundary, else only bookkeeping. Clips by the global norm before it."""
+        """Optimizer step at an accumulation boundary, else only bookkeeping. Clips by the global norm before it.
+
+        `lr` is that of optim.lr; parameters under optim.noise_lr take theirs in proportion.
+        """
         if self.net.is_gradient_accumulation_boundary():
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            for group, ratio in zip(self._optimizer.param_groups, self._lr_ratios, strict=True):
+                group["lr"] = lr * ratio
             if self.stage == 0:
                 limit = self.clip_norm or float("inf")
                 norm = torch.nn.utils.clip_grad_norm_(self.net.module.parameters(), limit)
@@ -251,6 +260,30 @@ class Engine:
     def close(self) -> None:
         """Let DeepSpeed's hooks and buffers go."""
         self.net.destroy()
+
+
+def call_in(
+    dtype: torch.dtype,
+    net: Callable[..., Sequence[Tensor]],
+    x_t: Tensor,
+    times: tuple[Tensor, Tensor],
+    *images: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Call a network that computes in `dtype`, from and to float32.   images: x_in, mask, x_self"""
+    first, *others = (None if image is None else image.to(dtype) for image in (x_t, *images))
+    return tuple(output.float() for output in net(first, times, *others))
+
+
+def parameter_groups(net: nn.Module, optim: OptimSection) -> tuple[list[dict[str, Any]], list[float]]:
+    """The optimizer's groups, and the factor of each on optim.lr.
+
+    One group, or with optim.noise_lr two, of which the second holds the second of two networks.
+    """
+    if not optim.noise_lr:
+        return [{"params": list(net.parameters())}], [1.0]
+    second = [p for name, p in net.named_parameters() if name.startswith(NOISE_NET)]
+    first = [p for name, p in net.named_parameters() if not name.startswith(NOISE_NET)]
+    return [{"params": first}, {"params": second}], [1.0, optim.noise_lr / optim.lr]
 
 
 def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:

@@ -1,29 +1,40 @@
-"""The training loop: next batch, step, EMA, log, preview, save, stop. Reads top to bottom; there are no callbacks."""
+"""The training loop: next batch, step, log, preview, save, stop. Reads top to bottom; there are no callbacks.
+
+The search for the objective runs in it as well, with a step and names of its own.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.batch import Batch, Replaced
+from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError, TrainingFault
 from rddm_dist.config import Config
-from rddm_dist.diffusion.schedule import Schedule
-from rddm_dist.training.ema import Ema
-from rddm_dist.training.engine import Engine
-from rddm_dist.training.step import learning_rate, train_step
+from rddm_dist.training.quarantine import Quarantine
+from rddm_dist.training.step import StepResult, learning_rate
 from rddm_dist.training.stopping import StopFlag
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where metrics stand. MLflow takes a point only where its step is new to the metric, so phases of a run that
+    count steps anew share no names."""
+
+    step: str = "train"
+    speed: str = "perf"
+    data: str = "data"
 
 
 @dataclass
 class Meter:
-    """Loss, throughput and time spent waiting for data since the last log point."""
+    """Losses, throughput and time spent waiting for data since the last log point."""
 
     samples: int = 0
     waited_s: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    losses: list[Mapping[str, float]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
@@ -32,18 +43,19 @@ class Meter:
         self.waited_s += time.monotonic() - started
         return batch
 
-    def add(self, loss: float, samples: int) -> None:
-        self.losses.append(loss)
+    def add(self, losses: Mapping[str, float], samples: int) -> None:
+        self.losses.append(losses)
         self.samples += samples
 
-    def read(self) -> dict[str, float]:
-        """Mean loss, images per second and the share of time waited for data since the last reading; starts anew."""
+    def read(self, names: Names) -> dict[str, float]:
+        """Mean losses, images per second and the share of time waited for data since the last reading; starts anew."""
         elapsed_s = time.monotonic() - self.started
         read = {
-            "train/loss": sum(self.losses) / len(self.losses),
-            "perf/images_per_s": self.samples / elapsed_s,
-            "perf/data_wait": self.waited_s / elapsed_s,
+            f"{names.step}/{loss}": sum(values[loss] for values in self.losses) / len(self.losses)
+            for loss in self.losses[0]
         }
+        read[f"{names.speed}/images_per_s"] = self.samples / elapsed_s
+        read[f"{names.speed}/data_wait"] = self.waited_s / elapsed_s
         self.samples, self.waited_s, self.losses, self.started = 0, 0.0, [], time.monotonic()
         return read
 
@@ -54,82 +66,77 @@ class Meter:
 
 @dataclass(frozen=True)
 class Actions:
-    """What the loop does besides stepping. Every worker calls each at the same step.
+    """What a phase of a run does in the loop. Every worker calls each at the same step.
 
-    log(step, metrics); preview(step) -> metrics; save(step); quarantine(step, this worker's bad samples) -> how many
-    the run has met, and what to say where they are too many.
+    take_step(batch, learning rate, whether this worker wants to stop); grad_norm() of the last step; log(step,
+    metrics); save(step); preview(step) -> metrics, None where there are no previews.
     """
 
+    take_step: Callable[[Batch, float, bool], StepResult]
+    grad_norm: Callable[[], float]
     log: Callable[[int, dict[str, Any]], None]
-    preview: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
-    quarantine: Callable[[int, Sequence[Replaced]], tuple[int, str]]
+    preview: Callable[[int], dict[str, float]] | None = None
 
 
 def run_loop(
     config: Config,
     *,
-    engine: Engine,
-    ema: Ema,
-    schedule: Schedule,
     batches: Iterable[Batch],
     stop: StopFlag,
+    quarantine: Quarantine,
     actions: Actions,
+    names: Names,
 ) -> tuple[int, bool]:
-    """Train until `train.steps` or a stop request.   -> (last finished step, whether the run is complete)
+    """Step until `train.steps`, a stop request or the end of a search.   -> (last step, whether the phase is complete)
 
     Raises TrainingFault on a non-finite loss, on every worker, before the weights are touched, and DataError, after
     saving, where more samples are bad than data.bad_sample_budget allows.
     """
     train, meter, stream = config.train, Meter(), iter(batches)
-    num_bad, excess = actions.quarantine(0, ())
-    if excess:
-        raise _too_many(excess)
+    if quarantine.excess:
+        raise _too_many(quarantine)
     while True:
         batch = meter.wait_for(stream)
         step = batch.step + 1
         lr = learning_rate(step, config.optim)
-        result = train_step(
-            engine,
-            schedule,
-            batch,
-            diffusion=config.diffusion,
-            self_condition=config.model.self_condition,
-            seed=train.seed,
-            lr=lr,
-            wants_stop=bool(stop.reason),
-        )
+        result = actions.take_step(batch, lr, bool(stop.reason))
         if not result.is_finite:
             first = batch.step * train.global_batch
             raise TrainingFault(
                 f"the loss is not finite at step {step} (samples {first} to {first + train.global_batch - 1} of the "
                 "run); nothing was updated; lower optim.lr, or engine.precision=fp32"
             )
-        ema.update(step, config.ema)
-        meter.add(result.loss, train.global_batch)
+        meter.add(result.losses, train.global_batch)
         if result.has_bad_samples:
-            num_bad, excess = actions.quarantine(step, batch.replaced)
-            if excess:
+            quarantine.record(step, batch.replaced)
+            if quarantine.excess:
                 actions.save(step)
-                raise _too_many(excess)
+                raise _too_many(quarantine)
+        if result.is_decided:
+            actions.log(step, meter.read(names))
+            return step, True
         is_last = step >= train.steps
         is_end = is_last or result.must_stop
         if is_end or step % train.log_every == 0:
-            metrics = {"train/lr": lr, "train/grad_norm": engine.grad_norm(), "data/bad_samples": num_bad}
-            actions.log(step, {**meter.read(), **metrics})
+            metrics = {**meter.read(names), f"{names.step}/lr": lr, f"{names.step}/grad_norm": actions.grad_norm()}
+            if config.optim.noise_lr:
+                metrics[f"{names.step}/noise_lr"] = lr * config.optim.noise_lr / config.optim.lr
+            actions.log(step, {**metrics, f"{names.data}/bad_samples": quarantine.count})
         if is_end or step % train.checkpoint_every == 0:
             actions.save(step)
             meter.restart_clock()
         # After the save, and not when someone waits for the machine.
-        if config.sample.every and (is_last or step % config.sample.every == 0) and not result.must_stop:
+        is_due = config.sample.every and (is_last or step % config.sample.every == 0)
+        if actions.preview is not None and is_due and not result.must_stop:
             actions.log(step, actions.preview(step))
             meter.restart_clock()
         if is_end:
             return step, is_last
 
 
-def _too_many(excess: str) -> DataError:
+def _too_many(quarantine: Quarantine) -> DataError:
     """The end of a run with too many bad samples, which every worker comes to at this point."""
-    error = DataError(excess)
+    error = DataError(quarantine.excess)
     error.is_shared = True
     return error

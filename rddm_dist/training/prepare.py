@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.errors import ConfigError, EnvironmentFault
+from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
 from data_pipeline.manifest import Manifest
 from data_pipeline.retry import RetryPolicy
 from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
 from rddm_dist.diffusion.sampler import check_sampling
-from rddm_dist.factory import make_sampling_schedule
+from rddm_dist.diffusion.selection import check_selection
+from rddm_dist.factory import make_sampling_schedule, make_schedule
+from rddm_dist.loading import locate
+from rddm_dist.tracking.store import default_uri
 from rddm_dist.training.data import TrainData, find_data
 from rddm_dist.training.plan import BatchPlan, make_plan
 from rddm_dist.training.stopping import REQUEST_FILE
 
 CONFIG_FILE, IDENTITY_FILE, JOURNAL_FILE = "config.yaml", "identity.json", "metrics.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
+INIT_WEIGHTS = "init_weights"  # key of identity.json
 # What a start that came to nothing may leave in a run folder.
 LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, "mlflow.json"}
 
@@ -27,7 +34,8 @@ LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, "mlflow.j
 class Prepared:
     """A checked run: where it lives, what it reads, how the batch is spread.
 
-    `changes`: extendable keys that differ from the earlier start of a continued run, as `name: old -> new`.
+    `changes`: extendable keys that differ from the earlier start of a continued run, as `name: old -> new`;
+    `init_weights`: digest of the weights that train.init_from gave the run, once they are known.
     """
 
     config: Config
@@ -36,6 +44,7 @@ class Prepared:
     plan: BatchPlan
     is_continued: bool
     changes: tuple[str, ...] = ()
+    init_weights: str = ""
 
     @property
     def data_fingerprint(self) -> str:
@@ -57,10 +66,33 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     Raises ConfigError or DataError with the key to change.
     """
     data = find_data(config)
+    plan = check_settings(config, world_size=world_size)
     _check_images(config, data)
     if config.data.eval_uri:
         retry = RetryPolicy(deadline_s=config.data.read_deadline_s)
         _check_preview(config, data, Manifest.load(config.data.eval_uri, retry=retry))
+    run_dir = run_dir_of(config)
+    is_continued = (run_dir / CONFIG_FILE).exists()
+    prepared = Prepared(config, run_dir, data, plan, is_continued)
+    if is_continued:
+        return _check_continuation(prepared)
+    if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
+        raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
+    if config.train.init_from:
+        _check_init(config)
+    return prepared
+
+
+def check_settings(config: Config, *, world_size: int) -> BatchPlan:
+    """What can be checked without the data: schedule, sampler, sides of crops.   -> how the batch is spread"""
+    multiple = _multiple(config)
+    for crop in config.data.crop_schedule.values():
+        if crop % multiple:
+            raise ConfigError(
+                f"data.crop={crop} must be a multiple of {multiple} for model.dim_mults={list(config.model.dim_mults)}"
+            )
+    if config.diffusion.objective == "auto":
+        check_selection(make_schedule(config.diffusion))
     check_sampling(
         make_sampling_schedule(config),
         objective=config.diffusion.objective,
@@ -71,26 +103,14 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
         path=config.sample.path,
         use=config.sample.use,
     )
-    plan = make_plan(
+    return make_plan(
         global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch
     )
-    run_dir = run_dir_of(config)
-    is_continued = (run_dir / CONFIG_FILE).exists()
-    prepared = Prepared(config, run_dir, data, plan, is_continued)
-    if is_continued:
-        return replace(prepared, changes=_check_continuation(prepared))
-    if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
-        raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
-    return prepared
 
 
 def _check_images(config: Config, data: TrainData) -> None:
-    multiple = 2 ** (len(config.model.dim_mults) - 1)
+    multiple = _multiple(config)
     for crop in data.rows.crop.values():
-        if crop % multiple:
-            raise ConfigError(
-                f"data.crop={crop} must be a multiple of {multiple} for model.dim_mults={list(config.model.dim_mults)}"
-            )
         height, width = data.rows.shape(data.manifests, crop)
         if height % multiple or width % multiple:
             raise ConfigError(
@@ -104,6 +124,11 @@ def _check_images(config: Config, data: TrainData) -> None:
         )
 
 
+def _multiple(config: Config) -> int:
+    """What the sides of images must be multiples of: the network halves them once per level but the first."""
+    return 2 ** (len(config.model.dim_mults) - 1)
+
+
 def _check_preview(config: Config, data: TrainData, manifest: Manifest) -> None:
     uri = config.data.eval_uri
     if not (manifest.has_input or config.data.degrade or config.diffusion.generate):
@@ -112,8 +137,32 @@ def _check_preview(config: Config, data: TrainData, manifest: Manifest) -> None:
         raise ConfigError(f"model.condition=input_mask needs masks, data.eval_uri={uri} has none; pack with --mask")
 
 
-def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
-    """Compare with what the folder was started with: identity keys must agree, extendable ones may move (returned)."""
+def _check_init(config: Config) -> None:
+    """Find out whether train.init_from is there; whether it fits is for the workers to find out."""
+    with naming_init_from():
+        locate(config.train.init_from, tracking_uri=registry_of(config))
+
+
+@contextlib.contextmanager
+def naming_init_from() -> Iterator[None]:
+    """What is said about a model is said about the key that names it."""
+    try:
+        yield
+    except ModelError as error:
+        said = str(error).replace("name it with --tracking-uri", "set tracking.uri")
+        raise ModelError(f"train.init_from: {said}") from error
+
+
+def registry_of(config: Config) -> str:
+    """The tracking URI that models:/ names of a run's configuration are looked up at."""
+    return config.tracking.uri or default_uri(config.run.storage)
+
+
+def _check_continuation(prepared: Prepared) -> Prepared:
+    """Compare with what the folder was started with: identity keys must agree, extendable ones may move.
+
+    ->  the run with those that did, and with the weights it was started from
+    """
     run_dir, config = prepared.run_dir, prepared.config
     earlier = load_config(run_dir / CONFIG_FILE)
     changed = differences(earlier, config, IDENTITY)
@@ -134,7 +183,25 @@ def _check_continuation(prepared: Prepared) -> tuple[str, ...]:
         raise ConfigError(
             f"{run_dir} was started with {identity['lanes']} lanes, now {lanes} would be chosen; give back data.lanes"
         )
-    return tuple(differences(earlier, config, EXTENDABLE))
+    _check_same_beginning(run_dir, earlier.train.init_from, config.train.init_from)
+    return replace(
+        prepared,
+        changes=tuple(differences(earlier, config, EXTENDABLE)),
+        init_weights=identity.get(INIT_WEIGHTS, ""),
+    )
+
+
+def _check_same_beginning(run_dir: Path, earlier: str, now: str) -> None:
+    """A run keeps what it was started from, a model or drawn weights; where the model lies may change."""
+    if earlier and not now:
+        raise ConfigError(
+            f"{run_dir} was started from a model; give back train.init_from={earlier} or choose another run.name"
+        )
+    if now and not earlier:
+        raise ConfigError(
+            f"{run_dir} was started from drawn weights, not from train.init_from={now}; leave it empty or choose "
+            "another run.name"
+        )
 
 
 def make_run_dir(prepared: Prepared) -> None:
@@ -149,7 +216,12 @@ def make_run_dir(prepared: Prepared) -> None:
 
 def write_identity(prepared: Prepared) -> None:
     """Write config.yaml and identity.json into the run folder; config.yaml last, it makes the folder a run."""
-    identity = {"data_fingerprint": prepared.data_fingerprint, "lanes": list(prepared.data.lanes)}
+    identity: dict[str, Any] = {
+        "data_fingerprint": prepared.data_fingerprint,
+        "lanes": list(prepared.data.lanes),
+    }
+    if prepared.init_weights:
+        identity[INIT_WEIGHTS] = prepared.init_weights
     for name, text in ((IDENTITY_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, to_yaml(prepared.config))):
         temporary = prepared.run_dir / f".{name}.tmp"
         temporary.write_text(text)

@@ -1,4 +1,4 @@
-"""Previews during training: a few fixed images restored with the EMA weights, as a grid and a PSNR."""
+"""Previews during training: a few fixed images restored or generated with the EMA weights, as a grid and a PSNR."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from data_pipeline.records import Sample
 from data_pipeline.retry import RetryPolicy
 from data_pipeline.rng import stable_id
 from rddm_dist.config import Config
+from rddm_dist.evaluation.generate import Generator, make_grid
 from rddm_dist.evaluation.protocol import PROTOCOLS, score
 from rddm_dist.evaluation.restore import Restorer, restore_settings
 from rddm_dist.factory import make_net, make_sampling_schedule
@@ -27,11 +28,16 @@ from rddm_dist.training.prepare import Prepared
 class Preview:
     """The first readable samples of the evaluation data (else of the training data), made as training makes them.
 
-    Cut to their centre and kept in memory.
+    Cut to their centre and kept in memory. A run that learns to generate shows the images of the first numbers instead,
+    made in the size of training and then cut, and reads no data.
     """
 
     def __init__(self, prepared: Prepared) -> None:
         config = self._config = prepared.config
+        if config.diffusion.generate:
+            data = prepared.data
+            self._size = data.rows.shape(data.manifests, data.rows.crop[max(data.rows.crop)])
+            return
         uri = config.data.eval_uri or config.data.uris[0]
         dataset = Dataset(uri, retry=RetryPolicy(deadline_s=config.data.read_deadline_s))
         samples = [_prepare(sample, config) for sample in dataset.first(config.sample.images)]
@@ -46,10 +52,18 @@ class Preview:
         self._masks = np.stack(masks) if masks else None
 
     def make(self, state: dict[str, Tensor]) -> tuple[dict[str, float], Image.Image]:
-        """Restore with these weights.   -> metrics, and a grid with a row per image: input, restored, target"""
+        """Restore with these weights.   -> metrics, and a grid with a row per image: input, restored, target
+
+        Of generated images there is nothing to measure: no metrics, and a grid that is nearly square.
+        """
         config = self._config
         net = make_net(config)
         net.load_state_dict(state)
+        if config.diffusion.generate:
+            generator = Generator(net, make_sampling_schedule(config), restore_settings(config), size=self._size)
+            side = min(config.sample.size, *self._size)
+            images = [_center(image, side) for image in generator.generate(range(config.sample.images))]
+            return {}, make_grid(np.stack(images))
         # The images are preprocessed already: whole, and then cut.
         settings = replace(restore_settings(config), preprocess=Preprocess())
         restored = Restorer(net, make_sampling_schedule(config), settings).restore(self._inputs, self._ids, self._masks)

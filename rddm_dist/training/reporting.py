@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Reporting:
         path = self._prepared.run_dir / "samples" / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
+        self.event("preview", step=step, path=str(path))
         self._artifact(path, "samples")
 
     def saved(self, step: int, path: Path) -> None:
@@ -81,11 +82,18 @@ class Reporting:
 
 
 def open_reporting(
-    prepared: Prepared, on_event: EventHandler, *, step: int, device: str, skipped: list[str]
+    prepared: Prepared,
+    on_event: EventHandler,
+    *,
+    step: int,
+    device: str,
+    skipped: Sequence[str],
+    is_searching: bool,
 ) -> Reporting:
     """Open the MLflow run and the journal, and write down how the run starts or continues.
 
-    All ranks call it; they fail together when tracking is away. `skipped`: damaged checkpoints that were passed over.
+    All ranks call it; they fail together when tracking is away. `skipped`: damaged checkpoints that were passed over;
+    `is_searching`: `step` counts steps of the search for the objective.
     """
     with comm.together():
         reporting = Reporting(prepared, on_event)
@@ -93,13 +101,14 @@ def open_reporting(
             reporting.track_with(_start_tracker(prepared))
     reporting.event(
         "resumed" if step else "started",
+        phase="search" if is_searching else "train",
         step=step,
         steps=prepared.config.train.steps,
         world_size=prepared.plan.world_size,
         device=device,
         plan=prepared.plan.describe(),
         changes=list(prepared.changes),
-        skipped=skipped,
+        skipped=list(skipped),
     )
     return reporting
 
@@ -118,6 +127,7 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
     from rddm_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
 
     config = prepared.config
+    origin = {"rddm.init_weights": prepared.init_weights} if prepared.init_weights else {}
     tracker = MlflowTracker(
         prepared.run_dir,
         uri=config.tracking.uri or default_uri(config.run.storage),
@@ -132,6 +142,7 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
             "rddm.config_digest": identity_digest(config),
             "rddm.run_dir": str(prepared.run_dir),
             "rddm.batch_plan": prepared.plan.describe(),
+            **origin,
         },
         journal=prepared.run_dir / JOURNAL_FILE,
         dataset=(", ".join(config.data.uris), prepared.data_fingerprint),

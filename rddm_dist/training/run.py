@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from data_pipeline.batch import Replaced
-from data_pipeline.errors import ModelError
-from data_pipeline.rng import mix_seed
+from data_pipeline.batch import Batch
 from rddm_dist import comm
 from rddm_dist.comm import Topology
-from rddm_dist.config import Config, identity_digest
-from rddm_dist.factory import make_net, make_schedule
+from rddm_dist.config import Config
+from rddm_dist.factory import make_schedule
 from rddm_dist.log import configure as configure_logging
 from rddm_dist.model.weights import save_safetensors
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.data import open_loader
 from rddm_dist.training.ema import Ema, make_ema
 from rddm_dist.training.engine import Engine
-from rddm_dist.training.loop import Actions, run_loop
+from rddm_dist.training.loop import Actions, Names, run_loop
 from rddm_dist.training.prepare import Prepared, make_run_dir, prepare, run_dir_of, write_identity
 from rddm_dist.training.preview import Preview
 from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting, open_reporting
+from rddm_dist.training.search import Search
+from rddm_dist.training.selection import SEARCH_DIR, Selection, with_outcome, write_selection
+from rddm_dist.training.state import Start, draw_net, find_start, load_init, load_state, save_state
+from rddm_dist.training.step import StepResult, train_step
 from rddm_dist.training.stopping import StopFlag, clear_request
-
-log = logging.getLogger(__name__)
 
 EXPORT_FILE = "model.safetensors"
 
@@ -50,8 +49,24 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class Training:
+    """The training phase of a run, ready to go on from `first_step`.
+
+    config: that of the run, with the objective that a search has found; selection: what that was, None without one.
+    """
+
+    prepared: Prepared
+    config: Config
+    engine: Engine
+    ema: Ema
+    selection: Selection | None
+    first_step: int
+
+
+@dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to hear, on rank 0: one dict per event (started, resumed, metrics, saved, finished)."""
+    """What the caller wants to hear, on rank 0: one dict per event (started, resumed, metrics,
+    preview, saved, selected, finished)."""
 
     on_event: Callable[[dict[str, Any]], None] = lambda event: None
 
@@ -60,10 +75,11 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
     """Train until `train.steps`, or until a stop request, on this process's share of the workers.
 
     Every worker calls it with the same config. The run folder `<run.storage>/<run.name>` is continued when it exists.
+    With diffusion.objective=auto a search for the objective comes first.
 
-    Raises UserError for bad input and TrainingFault for a non-finite loss. What is found while setting up, saving or
-    loading is raised on every worker (`error.is_shared`); what one worker meets in between, such as a shard that is
-    gone, on that one alone, and the launcher ends the others.
+    Raises UserError for bad input and TrainingFault for a non-finite loss or a search without an outcome. What is found
+    while setting up, saving or loading is raised on every worker (`error.is_shared`); what one worker meets in between,
+    such as a shard that is gone, on that one alone, and the launcher ends the others.
     """
     hooks = hooks or Hooks()
     started = time.monotonic()
@@ -75,20 +91,27 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
             make_run_dir(prepared)
             configure_logging(prepared.run_dir / "logs" / f"rank-{topology.rank:05d}.log")
         _use_threads(config, topology)
-        engine = make_engine(prepared, topology)
-        ema = make_ema(engine.pieces)
-        step, skipped = resume(prepared, engine, ema)
-        reporting = open_reporting(prepared, hooks.on_event, step=step, device=str(engine.device), skipped=skipped)
+        start = find_start(prepared)
+        is_searching = config.diffusion.objective == "auto" and start.selection is None
+        phase: Search | Training
+        phase = Search(prepared, topology, start) if is_searching else open_training(prepared, topology, start)
+        reporting = open_reporting(
+            phase.prepared,
+            hooks.on_event,
+            step=start.step,
+            device=str(topology.device),
+            skipped=start.skipped,
+            is_searching=is_searching,
+        )
         status = "failed"
         try:
-            _settle(prepared, step)
+            _settle(phase.prepared, start, is_searching=is_searching)
             reporting.configured()
-            step, status = _run(prepared, engine, ema, stop, reporting, first_step=step)
+            step, status = _run(phase, topology, stop, reporting)
             reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
             reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
         finally:
             reporting.close(status)
-        engine.close()
         # A launcher that sees one worker gone may signal the others: nobody leaves before all are through.
         comm.meet()
     finally:
@@ -104,51 +127,18 @@ def completed_step(prepared: Prepared) -> int:
     return found.progress.step if found and found.progress.step >= prepared.config.train.steps else 0
 
 
-def _settle(prepared: Prepared, step: int) -> None:
-    """Rank 0 makes the folder a run and clears what an earlier start left in it."""
+def open_training(prepared: Prepared, topology: Topology, start: Start) -> Training:
+    """The network under DeepSpeed and its averages: as the checkpoint left them, else as the run begins."""
+    config = with_outcome(prepared.config, start.selection)
     with comm.together():
-        if comm.rank() == 0:
-            write_identity(prepared)
-            ckpt.sweep(prepared.run_dir / "checkpoints", newest=step, keep_last=prepared.config.train.keep_last)
-            if step < prepared.config.train.steps:
-                # The export of a shorter run is not this run's.
-                (prepared.run_dir / EXPORT_FILE).unlink(missing_ok=True)
-
-
-def make_engine(prepared: Prepared, topology: Topology) -> Engine:
-    """The network, with weights that depend on the seed alone, under DeepSpeed."""
-    config = prepared.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix_seed(config.train.seed, "init") % 2**63)
-        net = make_net(config, activation_checkpointing=config.engine.activation_checkpointing)
-    return Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
-
-
-def resume(prepared: Prepared, engine: Engine, ema: Ema) -> tuple[int, list[str]]:
-    """Load the newest sound checkpoint on every worker.
-
-    -> the step to go on from, 0 for a new run; and, on rank 0, what was skipped on the way to it
-    """
-    found: ckpt.Checkpoint | None = None
-    skipped: list[str] = []
-    with comm.together():
-        if comm.rank() == 0:
-            found = ckpt.find_newest(prepared.run_dir / "checkpoints", skipped=skipped)
-            if found is not None and found.progress.config_digest != identity_digest(prepared.config):
-                raise ModelError(f"checkpoint {found.path} was written with other settings than config.yaml says")
-    found = comm.broadcast_object(found)
-    if found is None:
-        return 0, []
-    ckpt.load_checkpoint(found, engine, ema)
-    progress = found.progress
-    log.info(
-        "resumed from %s at step %d, written by %d worker(s) at ZeRO stage %d",
-        found.path,
-        progress.step,
-        progress.world_size,
-        progress.zero_stage,
-    )
-    return progress.step, skipped
+        net = draw_net(config)
+        if config.train.init_from and start.checkpoint is None:
+            prepared = load_init(prepared, net)
+    engine = Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
+    ema = make_ema(engine.pieces)
+    if start.checkpoint is not None:
+        load_state(start.checkpoint, engine, ema)
+    return Training(prepared, config, engine, ema, start.selection, start.step)
 
 
 def _use_threads(config: Config, topology: Topology) -> None:
@@ -157,61 +147,100 @@ def _use_threads(config: Config, topology: Topology) -> None:
     torch.set_num_threads(config.engine.threads or shared)
 
 
-def _run(
-    prepared: Prepared, engine: Engine, ema: Ema, stop: StopFlag, reporting: Reporting, *, first_step: int
-) -> tuple[int, Literal["done", "stopped"]]:
-    """Train from `first_step` to the end or a stop.   -> (last finished step, how it ended)"""
-    config, plan = prepared.config, prepared.plan
-    if first_step >= config.train.steps:
-        _export(prepared, engine, ema, first_step, reporting)
-        return first_step, "done"
-    schedule = make_schedule(config.diffusion).to(engine.device)
+def _settle(prepared: Prepared, start: Start, *, is_searching: bool) -> None:
+    """Rank 0 makes the folder a run and clears what an earlier start left in it."""
+    train, run_dir = prepared.config.train, prepared.run_dir
     with comm.together():
-        loader = open_loader(config, prepared.data, plan, rank=comm.rank(), start_step=first_step)
-    try:
-        step, is_complete = run_loop(
-            config,
-            engine=engine,
-            ema=ema,
-            schedule=schedule,
-            batches=loader,
-            stop=stop,
-            actions=_make_actions(prepared, engine, ema, reporting),
-        )
-    finally:
-        loader.close()
+        if comm.rank() == 0:
+            write_identity(prepared)
+            folder = SEARCH_DIR if is_searching else "checkpoints"
+            ckpt.sweep(run_dir / folder, newest=start.step, keep_last=train.keep_last)
+            if start.selection is not None:
+                _keep(start.selection, prepared)
+            if is_searching or start.step < train.steps:
+                # The export of a shorter run is not this run's.
+                (run_dir / EXPORT_FILE).unlink(missing_ok=True)
+
+
+def _keep(selection: Selection, prepared: Prepared) -> None:
+    """Write down the outcome of the search, whose checkpoints then have no use. Rank 0 only."""
+    write_selection(prepared.run_dir, selection)
+    ckpt.sweep(prepared.run_dir / SEARCH_DIR, newest=0, keep_last=0)
+
+
+def _run(
+    phase: Search | Training, topology: Topology, stop: StopFlag, reporting: Reporting
+) -> tuple[int, Literal["done", "stopped"]]:
+    """Go through the phases that are left, to the end or a stop.   -> (last finished step, how it ended)"""
+    if isinstance(phase, Search):
+        selection = phase.run(stop, reporting)
+        phase.close()
+        if selection.objective:
+            with comm.together():
+                if comm.rank() == 0:
+                    _keep(selection, phase.prepared)
+            reporting.event("selected", step=selection.step, objective=selection.objective, weight=selection.weight)
+            phase = open_training(phase.prepared, topology, Start(None, selection, ()))
+    if isinstance(phase, Search):
+        step, is_complete = selection.step, False
+    else:
+        step, is_complete = _train(phase, stop, reporting)
+        phase.engine.close()
+    if not is_complete and comm.rank() == 0:
+        clear_request(phase.prepared.run_dir)
+    return step, "done" if is_complete else "stopped"
+
+
+def _train(training: Training, stop: StopFlag, reporting: Reporting) -> tuple[int, bool]:
+    """Train from the first step to the end or a stop.   -> (last finished step, whether the run is complete)"""
+    config, prepared, step = training.config, training.prepared, training.first_step
+    is_complete = step >= config.train.steps
+    if not is_complete:
+        with comm.together():
+            loader = open_loader(config, prepared.data, prepared.plan, rank=comm.rank(), start_step=step)
+        try:
+            step, is_complete = run_loop(
+                config,
+                batches=loader,
+                stop=stop,
+                quarantine=Quarantine(prepared),
+                actions=_make_actions(training, reporting),
+                names=Names(),
+            )
+        finally:
+            loader.close()
     if is_complete:
-        _export(prepared, engine, ema, step, reporting)
-        return step, "done"
-    if comm.rank() == 0:
-        clear_request(prepared.run_dir)
-    return step, "stopped"
+        _export(training, step, reporting)
+    return step, is_complete
 
 
-def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Reporting) -> Actions:
-    """What the loop does on log, preview and save steps."""
-    config, plan = prepared.config, prepared.plan
-    checkpoints = prepared.run_dir / "checkpoints"
+def _make_actions(training: Training, reporting: Reporting) -> Actions:
+    """What the loop does in each step, and on log, preview and save steps."""
+    config, prepared, engine, ema = training.config, training.prepared, training.engine, training.ema
+    schedule = make_schedule(config.diffusion).to(engine.device)
     preview = None
     with comm.together():
         if config.sample.every and comm.rank() == 0:
-            preview = Preview(prepared)
-    quarantine = Quarantine(prepared)
+            preview = Preview(replace(prepared, config=config))
+
+    def take_step(batch: Batch, lr: float, wants_stop: bool) -> StepResult:
+        result = train_step(
+            engine,
+            schedule,
+            batch,
+            diffusion=config.diffusion,
+            self_condition=config.model.self_condition,
+            seed=config.train.seed,
+            lr=lr,
+            wants_stop=wants_stop,
+        )
+        if result.is_finite:
+            ema.update(batch.step + 1, config.ema)
+        return result
 
     def save(step: int) -> None:
-        progress = ckpt.Progress(
-            step=step,
-            position=step * plan.global_batch,
-            optimizer_step=engine.optimizer_step,
-            config_digest=identity_digest(config),
-            data_fingerprint=prepared.data_fingerprint,
-            world_size=plan.world_size,
-            zero_stage=engine.stage,
-        )
-        path = ckpt.save_checkpoint(checkpoints, engine, ema, progress)
-        if comm.rank() == 0:
-            ckpt.sweep(checkpoints, newest=step, keep_last=config.train.keep_last)
-            reporting.saved(step, path)
+        folder = prepared.run_dir / "checkpoints"
+        save_state(folder, prepared, engine, ema, step=step, selection=training.selection, reporting=reporting)
 
     def show(step: int) -> dict[str, float]:
         state = ckpt.gather_full(ema.as_pieces(), engine.shapes)
@@ -221,19 +250,16 @@ def _make_actions(prepared: Prepared, engine: Engine, ema: Ema, reporting: Repor
         reporting.preview(step, grid)
         return metrics
 
-    def isolate(step: int, replaced: Sequence[Replaced]) -> tuple[int, str]:
-        quarantine.record(step, replaced)
-        return quarantine.count, quarantine.excess
-
-    return Actions(log=reporting.metrics, preview=show, save=save, quarantine=isolate)
+    return Actions(take_step=take_step, grad_norm=engine.grad_norm, log=reporting.metrics, save=save, preview=show)
 
 
-def _export(prepared: Prepared, engine: Engine, ema: Ema, step: int, reporting: Reporting) -> None:
+def _export(training: Training, step: int, reporting: Reporting) -> None:
     """Write the EMA weights with their config as `<run>/model.safetensors`, the form that leaves the run folder."""
-    state = ckpt.gather_full(ema.as_pieces(), engine.shapes)
+    prepared, config = training.prepared, training.config
+    state = ckpt.gather_full(training.ema.as_pieces(), training.engine.shapes)
     path = prepared.run_dir / EXPORT_FILE
-    extra = {"step": str(step), "data_fingerprint": prepared.data_fingerprint, "run": prepared.config.run.name}
+    extra = {"step": str(step), "data_fingerprint": prepared.data_fingerprint, "run": config.run.name}
     with comm.together():
         if state is not None:
-            save_safetensors(path, state, config=prepared.config.model_dump(mode="json"), extra=extra)
+            save_safetensors(path, state, config=config.model_dump(mode="json"), extra=extra)
     reporting.exported(path)

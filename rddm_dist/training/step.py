@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +13,46 @@ from data_pipeline.batch import Batch
 from data_pipeline.rng import Draws
 from rddm_dist import comm
 from rddm_dist.config import DiffusionSection, OptimSection
-from rddm_dist.diffusion.objective import training_loss
+from rddm_dist.diffusion.objective import output_losses
+from rddm_dist.diffusion.prediction import OUTPUTS
 from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.training.engine import Engine
+from rddm_dist.training.plan import BatchPlan
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all workers know after a step. `loss`: mean over the global batch; with `is_finite` False nothing was
-    updated. `has_bad_samples`: whether a row of the global batch, on any worker, had to be replaced."""
+    """What all workers know after a step.
 
-    loss: float
+    `losses`: means over the global batch, "loss" and its parts; with `is_finite` False nothing was updated.
+    `has_bad_samples`: whether a row of the global batch, on any worker, had to be replaced. `is_decided`: the search
+    for the objective is over, and nothing was updated.
+    """
+
+    losses: Mapping[str, float]
     is_finite: bool
     must_stop: bool
     has_bad_samples: bool
+    is_decided: bool = False
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows as the loss takes them.
+
+    x0, x_in: (B, 3, H, W) float32 in [-1, 1], x_in = 0 where images are generated; mask: (B, 1, H, W) float32 in [0, 1]
+    or None; weight: (B,) float32; positions: (B,) int64, from which the random numbers come.
+    """
+
+    x0: Tensor
+    x_in: Tensor
+    mask: Tensor | None
+    weight: Tensor
+    positions: Tensor
+
+
+# Losses of a micro-batch by name, each (B,) float32 times the rows' weight; "loss" is the one that is minimised.
+LossesOf = Callable[[MicroBatch], Mapping[str, Tensor]]
 
 
 def learning_rate(step: int, settings: OptimSection) -> float:
@@ -58,40 +85,86 @@ def train_step(
     """Run one global batch through the network and update it.
 
     `batch` holds this rank's rows; filler rows have weight 0. Timesteps and noise are drawn by run position, so they do
-    not depend on how rows are spread. The one collective sums loss and flags before the update: a non-finite loss
+    not depend on how rows are spread. The one collective sums losses and flags before the update: a non-finite loss
     leaves the weights as they were, on every worker alike.
     """
-    plan, device = engine.plan, engine.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    flags: list[float] = []
-    for micro in range(plan.accumulation):
-        rows = slice(micro * plan.micro_batch, (micro + 1) * plan.micro_batch)
-        x0 = to_unit_range(batch.target[rows], device)
-        losses = training_loss(
+    names = part_names(diffusion.objective)
+
+    def losses_of(rows: MicroBatch) -> dict[str, Tensor]:
+        parts = output_losses(
             engine,
             schedule,
             objective=diffusion.objective,
-            x0=x0,
-            # Without inputs the images are generated: the degraded image is 0.
-            x_in=torch.zeros_like(x0) if batch.input is None else to_unit_range(batch.input[rows], device),
-            draws=Draws(seed=seed, ids=batch.positions[rows], device=str(device)),
-            weight=batch.weight[rows].to(device),
-            mask=None if batch.mask is None else batch.mask[rows].to(device).float().div_(255.0),
+            x0=rows.x0,
+            x_in=rows.x_in,
+            draws=Draws(seed=seed, ids=rows.positions, device=str(engine.device)),
+            mask=rows.mask,
             loss=diffusion.loss,
             time_input=diffusion.time_input,
             process=diffusion.process,
             self_condition=self_condition,
             clip_residual=diffusion.residual_clip,
         )
-        engine.backward(losses.sum() * plan.loss_scale)
-        total += losses.detach().double().sum()
-        if micro == plan.accumulation - 1:
-            loss_sum = float(total)
-            own = [loss_sum, float(not math.isfinite(loss_sum)), float(wants_stop), float(len(batch.replaced))]
-            flags = comm.sum_floats(own)
-            if flags[1]:
-                return StepResult(loss=math.nan, is_finite=False, must_stop=True, has_bad_samples=flags[3] > 0)
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        logged = {name: part * rows.weight for name, part in zip(names, parts, strict=False)}
+        return {"loss": total * rows.weight, **logged}
+
+    sums = run_micro_batches(engine, batch, losses_of)
+    result, _ = agree(engine.plan, batch, sums, wants_stop=wants_stop)
+    if result.is_finite:
         engine.step(lr=lr)
-    return StepResult(
-        loss=flags[0] / plan.global_batch, is_finite=True, must_stop=flags[2] > 0, has_bad_samples=flags[3] > 0
+    return result
+
+
+def part_names(objective: str) -> tuple[str, ...]:
+    """Names of the losses of both outputs, fit for a metric; none for one output, whose loss is the whole."""
+    outputs = OUTPUTS[objective]
+    return () if len(outputs) == 1 else tuple(f"loss_{output.replace(' + ', '_plus_')}" for output in outputs)
+
+
+def run_micro_batches(engine: Engine, batch: Batch, losses_of: LossesOf) -> dict[str, float]:
+    """Bring the gradient of the whole batch together; the update itself is left to the caller.
+
+    ->  by name, this rank's sum of each loss, in float64
+    """
+    plan, device = engine.plan, engine.device
+    sums: dict[str, Tensor] = {}
+    for micro in range(plan.accumulation):
+        if micro:
+            engine.next_micro_batch()
+        rows = slice(micro * plan.micro_batch, (micro + 1) * plan.micro_batch)
+        x0 = to_unit_range(batch.target[rows], device)
+        losses = losses_of(
+            MicroBatch(
+                x0=x0,
+                x_in=torch.zeros_like(x0) if batch.input is None else to_unit_range(batch.input[rows], device),
+                mask=None if batch.mask is None else batch.mask[rows].to(device).float().div_(255.0),
+                weight=batch.weight[rows].to(device),
+                positions=batch.positions[rows],
+            )
+        )
+        engine.backward(losses["loss"].sum() * plan.loss_scale)
+        for name, values in losses.items():
+            sums[name] = sums.get(name, 0.0) + values.detach().double().sum()
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+
+
+def agree(
+    plan: BatchPlan, batch: Batch, sums: Mapping[str, float], *, wants_stop: bool, further: Sequence[float] = ()
+) -> tuple[StepResult, list[float]]:
+    """The step's one collective: every worker learns the losses and the flags of all.
+
+    sums: this rank's, by name; further: numbers to add up besides   ->  the step, and those sums
+    """
+    is_finite = all(map(math.isfinite, sums.values()))
+    flags = (float(not is_finite), float(wants_stop), float(len(batch.replaced)))
+    totals = comm.sum_floats([*flags, *further, *sums.values()])
+    num_bad, wishes, replaced = totals[:3]
+    losses = [total / plan.global_batch for total in totals[3 + len(further) :]]
+    result = StepResult(
+        losses=dict(zip(sums, losses, strict=True)),
+        is_finite=not num_bad,
+        must_stop=wishes > 0 or num_bad > 0,
+        has_bad_samples=replaced > 0,
     )
+    return result, totals[3 : 3 + len(further)]

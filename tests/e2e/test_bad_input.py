@@ -119,6 +119,53 @@ def test_train_with_a_wrong_setting(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("diffusion.schedule.kind=quadratic", "diffusion.schedule.kind='quadratic'"),
+        ("diffusion.schedule.alpha=sideways", "diffusion.schedule.alpha='sideways'"),
+        (
+            "diffusion.schedule.alpha=normal",
+            "diffusion.schedule.alpha=normal is not known with diffusion.schedule.kind",
+        ),
+        ("diffusion.schedule.kind=power diffusion.schedule.alpha_power=-1", "diffusion.schedule.alpha_power=-1"),
+        ("diffusion.schedule.beta2_power=2", "has no effect with diffusion.schedule.kind=linear; use kind=power"),
+        ("diffusion.sum_scale=0", "diffusion.sum_scale=0"),
+        ("diffusion.sum_scale=-1", "diffusion.sum_scale=-1"),
+        ("diffusion.objective=pred_everything", "diffusion.objective='pred_everything'"),
+        (
+            "diffusion.objective=pred_v",
+            "diffusion.objective=pred_v does not fit diffusion.process=rddm; set it to ddpm",
+        ),
+        ("diffusion.process=ddpm", "diffusion.process=ddpm"),
+        ("diffusion.objective=auto", "diffusion.objective=auto cannot read the output as noise"),
+        ("diffusion.objective=auto model.num_nets=2", "model.num_nets=2 does not fit diffusion.objective=auto"),
+        ("diffusion.objective=auto diffusion.schedule.kind=ddim train.init_from=x", "train.init_from="),
+        ("diffusion.generate=true", "set model.condition=none"),
+        ("diffusion.generate=true model.condition=none data.degrade=noise", "data.degrade is about degraded images"),
+        ("sample.steps=21", "sample.steps=21 exceeds diffusion.num_timesteps=20"),
+        ("sample.eta=1.5", "sample.eta=1.5"),
+        ("sample.eta=-0.1", "sample.eta=-0.1"),
+        ("sample.update=euler", "sample.update='euler'"),
+        ("sample.path=backwards", "sample.path"),
+        ("sample.path=[[1,1],[0.5,0.2],[0.6,0.1],[0,0]]", "sample.path rises from (0.5, 0.2) to (0.6, 0.1)"),
+        ("sample.path=[[0.9,1],[0,0]]", "sample.path starts at (0.9, 1)"),
+        ("sample.path=residual_first sample.eta=0.5", "sample.eta=0.5 does not fit sample.path=residual_first"),
+        ("sample.use=noise", "sample.use=noise does not fit diffusion.objective=pred_res"),
+        ("sample.schedule.alpha_kind=linear sample.schedule.alpha=normal", "sample.schedule.alpha=normal is not known"),
+        ("model.kind=shared_encoder", "model.kind=shared_encoder has two outputs"),
+        ("optim.noise_lr=1e-3", "optim.noise_lr=0.001 is for the second of two networks"),
+        ("train.init_from=nowhere", "train.init_from"),
+    ],
+)
+def test_train_with_a_method_that_cannot_be(
+    refused: Refused, tiny_run: TinyRun, tmp_path: Path, overrides: str, said: str
+) -> None:
+    line = refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}", "--dry-run", *overrides.split())
+    assert said in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_train_with_more_workers_than_rows(refused: Refused, tiny_run: TinyRun) -> None:
     assert "7 workers exceed train.global_batch=6" in refused("train", tiny_run.config, "--workers", 7)
     assert "a range of workers is not supported yet" in refused("train", tiny_run.config, "--workers", "1:4")

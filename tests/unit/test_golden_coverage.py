@@ -1,4 +1,4 @@
-"""Every reference number of the diffusion core is compared with by a test, or it is written here why not."""
+"""Every reference number is compared with by a test, or it is written here why not."""
 
 from __future__ import annotations
 
@@ -64,21 +64,62 @@ TESTED: dict[str, dict[str, str]] = {
         "rddm_adjust_alpha/": "test_ddim:test_trajectories_with_readjusted_alpha_equal_the_published_ones",
     },
     "ddim_to_rddm.json": {"S": "test_ddim:test_ddim_and_rddm_differ_by_as_much_as_was_published"},
+    "unet.npz": {
+        "A/modules/": "test_model:test_modules_equal_the_published_ones",
+        "B/modules/": "test_model:test_modules_equal_the_published_ones",
+        "A/unet/": "test_model:test_unets_equal_the_published_ones_at_every_stage",
+        "B/unet/": "test_model:test_unets_equal_the_published_ones_at_every_stage",
+        "A/unetres/": "test_model:test_networks_of_every_kind_equal_the_published_ones",
+        "B/unetres/": "test_model:test_networks_of_every_kind_equal_the_published_ones",
+        "sinusoidal/": "test_model:test_sinusoidal_embedding_equals_the_published_one",
+    },
+    "unet_meta.json": {
+        "A/": "test_model:test_unets_equal_the_published_ones_at_every_stage",
+        "B/": "test_model:test_unets_equal_the_published_ones_at_every_stage",
+        "selfcond+cond": "test_model:test_self_conditioned_networks_see_their_estimate_under_every_condition",
+    },
+    "state_dict_keys.json": {
+        "Unet": "test_model:test_state_dicts_have_the_published_keys_in_order",
+        "ResidualDiffusion": "test_published:test_a_file_of_two_unets_has_the_authors_layout",
+        "EMA": "test_published:test_a_file_of_two_unets_has_the_authors_layout",
+        "summary": "test_model:test_every_variant_has_the_published_keys_and_size",
+    },
+    "train_steps.json": {"exp": "test_train_steps:test_plain_steps_equal_the_published_ones"},
+    "ema.json": {"rows": "test_ema:test_the_published_rule_is_reproduced", "toy": "test_ema:test_the_published_rule_is_reproduced"},
+    "data_pipeline.npz": {
+        "resize_": "test_preprocess:test_every_official_result_is_reproduced",
+        "crop_": "test_preprocess:test_every_official_result_is_reproduced",
+        "equalizeHist": "test_preprocess:test_equalize_is_opencvs_channel_by_channel",
+        "pil_bicubic": "test_preprocess:test_resize_is_pillows_bicubic",
+    },
+    "data_pipeline.json": {
+        "resize_": "test_preprocess:test_cases_are_padded_as_officially",
+        "crop_": "test_preprocess:test_cases_are_padded_as_officially",
+        "pad_bottom_right_table": "test_preprocess:test_padding_follows_the_table",
+    },
 }
 # What is not compared. posterior_* at index 0 of the re-initialised schedules is compared; their first increments are
 # not (test_schedule says why). In ddim_to_rddm.json "original-our" compares two versions of the authors' own scheduler.
+# The notes on self-conditioning with a condition, in unet_meta.json, tell of a defect that is not reproduced (it works
+# here, which the named test shows); the one on file lists, in data_pipeline.json, concerns the official reader only.
+NOT_COMPARED = {"data_pipeline.json": ("flist under numpy",)}
 
 
 @pytest.mark.parametrize("file", TESTED)
 def test_every_reference_number_has_its_test(file: str) -> None:
     path = GOLDEN_DIR / file
     names: list[str] = list(json.loads(path.read_text()) if path.suffix == ".json" else np.load(path).files)
-    assert names and [name for name in names if not name.startswith(tuple(TESTED[file]))] == []
+    accounted = (*TESTED[file], *NOT_COMPARED.get(file, ()))
+    assert names and [name for name in names if not name.startswith(accounted)] == []
     for start, where in TESTED[file].items():
         assert any(name.startswith(start) for name in names), f"{start} names nothing"
         module, test = where.split(":")
         tests: Any = importlib.import_module(f"tests.unit.{module}")
         assert callable(getattr(tests, test))
+
+
+def test_every_file_of_reference_numbers_is_in_the_table() -> None:
+    assert {path.name for path in GOLDEN_DIR.iterdir() if path.suffix in (".npz", ".json")} == set(TESTED)
 
 
 def test_names_of_families_are_listed_whole() -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import rddm_dist.tracking.mlflow_tracker as tracking
-from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
+from data_pipeline.errors import ConfigError, DataError, EnvironmentFault, ModelError
+from rddm_dist import generate, load_model
 from rddm_dist.config import Config
 from rddm_dist.evaluation.restore import load_restorer
 from rddm_dist.factory import make_net
@@ -233,22 +234,38 @@ def test_flatten_joins_names_with_dots() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
 
 
-def export(path: Path, seed: int) -> Path:
+def export(path: Path, seed: int, *, condition: str = "input", generate: bool = False) -> Path:
     """A tiny model file; another seed gives other weights."""
     import torch
 
-    values = {"model": {"dim": 8, "dim_mults": [1, 2], "num_nets": 1}, "sample": {"steps": 2}}
-    config = Config.model_validate({**values, "diffusion": {"objective": "pred_res", "num_timesteps": 20}})
+    config = Config.model_validate(
+        {
+            "data": {"crop": 16},
+            "model": {"dim": 8, "dim_mults": [1, 2], "num_nets": 1, "condition": condition},
+            "diffusion": {"objective": "pred_res", "num_timesteps": 20, "generate": generate},
+            "sample": {"steps": 2},
+        }
+    )
     torch.manual_seed(seed)
     save_safetensors(path, make_net(config).state_dict(), config=config.model_dump(mode="json"))
     return path
 
 
+def load_pyfunc(model_uri: str, uri: str) -> Any:
+    """A registered model as anybody's MLflow loads it."""
+    import mlflow
+
+    previous = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        return mlflow.pyfunc.load_model(model_uri)
+    finally:
+        mlflow.set_tracking_uri(previous)
+
+
 def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_model(
     uri: str, run_dir: Path, tmp_path: Path
 ) -> None:
-    import mlflow
-
     run_id = start(run_dir, uri).run_id
 
     def enter(seed: int, psnr: float | None, *, margin_db: float = 0.0, **score: Any) -> Registration:
@@ -302,12 +319,8 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
     assert {"MLmodel", "pyfunc.py", "7.safetensors", "requirements.txt"} <= files
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt"))]
 
-    previous = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        loaded = mlflow.pyfunc.load_model("models:/rddm-demo@champion")
-    finally:
-        mlflow.set_tracking_uri(previous)
+    loaded = load_pyfunc("models:/rddm-demo@champion", uri)
+    assert loaded.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, -1, -1, 3)
     images = np.random.default_rng(0).integers(0, 256, (2, 10, 13, 3), dtype=np.uint8)
     restored = loaded.predict(images)
     assert (restored.shape, restored.dtype) == (images.shape, np.uint8)
@@ -315,6 +328,34 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
     assert np.array_equal(restored[1:], loaded.predict(images[1:]))
     assert load_restorer(local).settings.steps == 2
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_a_registered_model_that_sees_masks_takes_both_by_name(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowException
+
+    path = export(tmp_path / "masked.safetensors", 1, condition="input_mask")
+    loaded = load_pyfunc(register(path, uri=uri, name="masked", digests={"weights": "w"}).model_uri, uri)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 10, 13, 3), dtype=np.uint8)
+    masks = rng.integers(0, 256, (2, 10, 13), dtype=np.uint8)
+    restored = loaded.predict({"images": images, "masks": masks})
+    assert (restored.shape, restored.dtype) == (images.shape, np.uint8)
+    assert not np.array_equal(restored, loaded.predict({"images": images, "masks": 255 - masks}))
+    assert np.array_equal(restored[1:], loaded.predict({"images": images[1:], "masks": masks[1:]}))
+    for wrong in (images, {"images": images}, {"images": images, "masks": images}):
+        with pytest.raises(MlflowException):
+            loaded.predict(wrong)
+    with pytest.raises(DataError, match="masks for these images must be"):
+        loaded.predict({"images": images, "masks": masks[:, :9]})
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_a_registered_model_that_generates_takes_numbers(uri: str, tmp_path: Path) -> None:
+    path = export(tmp_path / "generating.safetensors", 1, condition="none", generate=True)
+    loaded = load_pyfunc(register(path, uri=uri, name="generating", digests={"weights": "w"}).model_uri, uri)
+    images = loaded.predict(np.array([7, 3]), params={"seed": 5})
+    assert np.array_equal(images, generate(load_model(path), 8, seed=5)[[7, 3]])
+    assert loaded.predict(np.array([7]), params={"side": 20}).shape == (1, 20, 20, 3)
 
 
 def test_a_model_that_cannot_be_registered_leaves_no_version(uri: str, tmp_path: Path) -> None:

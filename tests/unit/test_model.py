@@ -31,6 +31,7 @@ from rddm_dist.model.folding import compiled, folded
 from rddm_dist.model.inputs import CONDITIONS, Inputs, check_mask
 from rddm_dist.model.net import KINDS, Network, RddmNet, build_net
 from rddm_dist.model.unet import Unet
+from tests.support.filling import fill
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -50,22 +51,6 @@ BETA_CLOCK = torch.tensor([999.9798583984375, 583.9190673828125])
 
 def pattern(shape: tuple[int, ...], a: float, b: float) -> Tensor:
     return torch.from_numpy(np.sin(a * np.arange(np.prod(shape)) + b).astype(np.float32).reshape(shape))
-
-
-def fill(module: nn.Module, how: str) -> nn.Module:
-    """The weights of the reference numbers, by position in the state dict."""
-    norms = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.GroupNorm)}
-    with torch.no_grad():
-        for k, (name, tensor) in enumerate(module.state_dict().items()):
-            is_gain = name in norms or name.split(".")[-1] == "g"
-            if how == "A":
-                values = 0.05 * np.sin(0.7 * np.arange(tensor.numel()) + 1.3 * k).reshape(tuple(tensor.shape)) + is_gain
-            else:
-                z = np.random.RandomState(1000 + k).standard_normal(tuple(tensor.shape))
-                scale = 0.1 if is_gain or tensor.ndim == 1 else 1 / np.sqrt(np.prod(tensor.shape[1:]))
-                values = z * scale + is_gain
-            tensor.copy_(torch.from_numpy(values.astype(np.float32)))
-    return module
 
 
 def assert_golden(output: Tensor, name: str) -> None:

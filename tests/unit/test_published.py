@@ -30,8 +30,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "unet", **SMALL, "num_nets": num_nets, "condition": condition, "self_condition": self_condition}
     for num_nets, condition, self_condition in itertools.product((1, 2), ("none", "input", "input_mask"), (False, True))
 ] + [
-    {"kind": "shared_encoder", **SMALL, "num_nets": 2, "condition": condition, "self_condition": False}
-    for condition in ("none", "input")
+    {"kind": "shared_encoder", **SMALL, "num_nets": 2, "condition": condition, "self_condition": self_condition}
+    for condition, self_condition in itertools.product(("none", "input", "input_mask"), (False, True))
 ]
 TWO_NETS = {"kind": "unet", **SMALL, "num_nets": 2, "condition": "input", "self_condition": False}
 
@@ -65,8 +65,9 @@ def assert_equal_states(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
 @pytest.mark.parametrize("model", VARIANTS, ids=lambda model: "-".join(str(value) for value in model.values()))
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path, model: dict[str, Any]) -> None:
     path = tmp_path / "model-7.pt"
-    lineage = LINEAGES[model["self_condition"]]  # both of them for one U-Net and for two, under every condition
-    write(path, model, lineage=lineage)
+    # Both of them for one U-Net and for two, under every condition; only one has the shared encoder.
+    lineage = LINEAGES[model["self_condition"] and model["kind"] == "unet"]
+    document = write(path, model, lineage=lineage)
     found = read_published(path, self_condition=model["self_condition"])
     assert found.model == model and (found.step, found.lineage, found.weights) == (7000, lineage, "ema")
     assert_equal_states(found.state, make_state(model))
@@ -74,6 +75,16 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path, model: dict[st
     write_published(path, found.state, model=found.model, schedule=official(), step=found.step, lineage=lineage)
     assert path.read_bytes() == first
     build_net(**found.model).load_state_dict(found.state)
+    # Without the averaged copies, and behind the wrappers of training on several GPUs.
+    del document["ema"]
+    document["model"] = {
+        f"module.{name}".replace(".model.", ".model.module."): tensor for name, tensor in document["model"].items()
+    }
+    torch.save(document, path)
+    again = read_published(path, self_condition=model["self_condition"])
+    assert again.model == model and (again.lineage, again.weights) == (lineage, "model")
+    assert again.schedule == found.schedule
+    assert_equal_states(again.state, found.state)
     assert [p.name for p in tmp_path.iterdir()] == ["model-7.pt"]
 
 
@@ -148,6 +159,7 @@ def test_wrappers_missing_copies_and_missing_buffers_are_tolerated(tmp_path: Pat
         found = read_published(path)
         assert_equal_states(found.state, expected)
         assert (found.schedule is None) == ("alphas" not in str(list(changes.get("model", module))[:3]))
+        assert (found.tables is None) == (found.schedule is None)
         assert (found.weights == "ema") == bool(changes["ema"])
 
 
@@ -176,6 +188,93 @@ def test_channels_that_can_be_read_in_two_ways_are_told_apart_by_the_argument() 
         state = make_state({**TWO_NETS, "condition": condition, "self_condition": is_self_conditioned})
         with pytest.raises(ModelError, match=f"does not fit self_condition={asked}"):
             identify_network(state, self_condition=asked)
+
+
+def by_hand(layout: str) -> dict[str, Tensor]:
+    """A network's weights under the published keys, in the published order, at an eighth of the published width.
+
+    Only the heads of attention have a fixed width. Every number of the file is another one.
+    """
+    state, count = {}, 0
+    for name, shape in KEYS[layout]["state_dict"]:
+        heads = 0 if "to_qkv" in name else 1 if "to_out" in name and name.endswith("weight") else None
+        small = [size // 8 if size >= 64 and axis != heads else size for axis, size in enumerate(shape)]
+        length = int(np.prod(small))
+        state[name] = (torch.arange(count, count + length).float() / 1e6).reshape(small)
+        count += length
+    return state
+
+
+def buffers_by_hand(num_timesteps: int = 1000, sum_scale: float = 0.5) -> dict[str, Tensor]:
+    """The 12 tables of decreasing alpha and increasing beta^2 of the linear family, written out from closed forms."""
+    t, last = np.arange(num_timesteps, dtype=np.float64), num_timesteps
+    total = last * (last + 1)
+    alpha, beta2 = 2 * (last - t) / total, sum_scale * 2 * (t + 1) / total
+    alphas, betas2 = (t + 1) * (2 * last - t) / total, sum_scale * (t + 1) * (t + 2) / total
+    alphas_before, betas2_before = alphas - alpha, betas2 - beta2
+    rest = 1 - alphas
+    rest[-1] = 1e-6
+    first = t == 0
+    variance = np.where(first, 0, beta2 * betas2_before / betas2)
+    tables = {
+        "alphas": alpha,
+        "alphas_cumsum": alphas,
+        "one_minus_alphas_cumsum": rest,
+        "betas2": beta2,
+        "betas": beta2**0.5,
+        "betas2_cumsum": betas2,
+        "betas_cumsum": betas2**0.5,
+        "posterior_mean_coef1": np.where(first, 0, betas2_before / betas2),
+        "posterior_mean_coef2": np.where(first, 0, (beta2 * alphas_before - betas2_before * alpha) / betas2),
+        "posterior_mean_coef3": np.where(first, 1, beta2 / betas2),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+    }
+    assert list(tables) == [name for name, _ in KEYS["ResidualDiffusion buffers (before model.*)"]]
+    return {name: torch.from_numpy(table).float() for name, table in tables.items()}
+
+
+@pytest.mark.parametrize("layout", ["unet0", "two", "shared"])
+def test_files_written_by_hand_from_the_published_keys_are_read_and_written_alike(tmp_path: Path, layout: str) -> None:
+    """Independent of the writer, in which the reader's mistakes could be mirrored."""
+    if layout == "shared":
+        network = by_hand("UnetRes(share_encoder=1,cond)")
+    else:
+        unet = by_hand("Unet(uncond)")
+        network = {f"unet0.{name}": tensor for name, tensor in unet.items()}
+        network |= {f"unet1.{name}": -tensor for name, tensor in unet.items()} if layout == "two" else {}
+    module = {**buffers_by_hand(), **{f"model.{name}": tensor for name, tensor in network.items()}}
+    ema = {"initted": torch.ones(1), "step": torch.tensor([1000])}
+    ema |= {f"{copy}.{name}": tensor for copy in ("online_model", "ema_model") for name, tensor in module.items()}
+    path = tmp_path / "model-1.pt"
+    torch.save({"step": 1000, "model": module, "opt": {}, "ema": ema, "scaler": None}, path)
+    found = read_published(path)
+    assert_equal_states(found.state, network)
+    assert found.model == {
+        "kind": "shared_encoder" if layout == "shared" else "unet",
+        "dim": 8,
+        "dim_mults": (1, 2, 4, 8),
+        "num_nets": 1 if layout == "unet0" else 2,
+        "condition": "input" if layout == "shared" else "none",
+        "self_condition": False,
+    }
+    assert found.schedule == {
+        "num_timesteps": 1000, "parity": "official", "kind": "linear", "alpha": "decreased", "beta2": "increased",
+        "sum_scale": 0.5,
+    }  # fmt: skip
+    write_published(
+        tmp_path / "again", found.state, model=found.model, schedule=make_schedule(**found.schedule), step=found.step
+    )
+    again = torch.load(tmp_path / "again", weights_only=True)
+    assert list(again["model"]) == list(module) and list(again["ema"]) == list(ema)
+    for name, tensor in module.items():
+        torch.testing.assert_close(again["model"][name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_equal_weights_give_equal_bytes_under_any_name(tmp_path: Path) -> None:
+    for name in ("one.pt", "other.pt"):
+        write(tmp_path / name, {**TWO_NETS, "num_nets": 1, "dim_mults": (1,)})
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
 @pytest.mark.parametrize("dim", [32, 192])
@@ -281,6 +380,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> 
 def test_damaged_files_and_placeholders_are_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model-100.pt"
     assert_refused(path, "does not exist")
+    assert_refused(tmp_path, "is a folder; give the trainer's file")
     path.write_text("\n")
     assert_refused(path, "has 1 bytes: it is a placeholder")
     write(path, {**TWO_NETS, "num_nets": 1, "dim_mults": (1,)})
@@ -301,7 +401,13 @@ def test_files_of_other_kinds_are_refused_with_what_they_hold(tmp_path: Path) ->
         ({**document, "model": {"a": 1}}, "model is not a state dict of tensors"),
         ({**document, "model": {"a": torch.eye(3).to_sparse()}}, "model is not a state dict of tensors"),
         ({**document, "ema": {}, "model": {**module, "alpha_res": torch.zeros(2)}}, "alpha_res must be one number"),
+        (
+            {**document, "ema": {}, "model": {**module, "alpha_res": torch.tensor(float("nan"))}},
+            r"alpha_res must be one number, it is \[nan\]",
+        ),
         ({**document, "ema": torch.zeros(2)}, "ema is not a state dict of tensors"),
+        ({**document, "ema": {}, "model": {**module, "alphas": torch.zeros(3)}}, "tables of its schedule differ in"),
+        ({**document, "ema": {}, "model": {**module, "alphas": torch.zeros(())}}, "are not rows of numbers"),
         (
             {**document, "ema": {}, "model": {**module, "betas_of_others": torch.zeros(3)}},
             "holds betas_of_others besides",

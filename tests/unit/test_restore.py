@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,20 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, DataError, ModelError
 from data_pipeline.preprocess import Preprocess, equalize, pad_bottom_right, resize
+from data_pipeline.rng import Draws
+from rddm_dist import load_model, restore
 from rddm_dist.config import Config
-from rddm_dist.diffusion.schedule import make_schedule
-from rddm_dist.evaluation.restore import Restorer, RestoreSettings, load_restorer, pad_to_multiple
+from rddm_dist.diffusion.sampler import sample
+from rddm_dist.diffusion.schedule import make_schedule, readjust
+from rddm_dist.evaluation.restore import (
+    NetSampler,
+    Restorer,
+    RestoreSettings,
+    load_restorer,
+    pad_to_multiple,
+    restore_settings,
+    to_images,
+)
 from rddm_dist.factory import make_net
 from rddm_dist.model.weights import save_safetensors
 
@@ -165,6 +178,10 @@ def test_wrong_arguments_are_refused() -> None:
         restorer.restore(images(1, 8, 8).astype(np.float32), [0])
     with pytest.raises(DataError, match="as many ids"):
         restorer.restore(images(2, 8, 8), [0])
+    with pytest.raises(DataError, match=r"masks for these images must be \(1, 8, 8\) uint8, got \(1, 8, 9\) uint8"):
+        restorer.restore(images(1, 8, 8), [0], np.zeros((1, 8, 9), np.uint8))
+    with pytest.raises(DataError, match="got .* bool"):
+        restorer.restore(images(1, 8, 8), [0], np.zeros((1, 8, 8), bool))
     with pytest.raises(ConfigError, match="steps=51"):
         settings = RestoreSettings(objective="pred_res", steps=51)
         Restorer(make_net(CONFIG), make_schedule(num_timesteps=50), settings)
@@ -184,3 +201,116 @@ def test_an_export_restores_as_the_network_it_was_made_from(tmp_path: Path) -> N
 def test_a_model_that_is_not_there_is_a_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         load_restorer(tmp_path / "model.safetensors")
+
+
+def test_folding_changes_neither_the_result_nor_the_network_and_copies_filters_alone() -> None:
+    torch.manual_seed(0)
+    net, schedule = make_net(CONFIG), make_schedule(num_timesteps=50, sum_scale=0.5)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    x_in, draws = torch.rand(2, 3, 16, 24) * 2 - 1, Draws(0, torch.tensor([3, 4]))
+    plain = sample(net, schedule, objective="pred_res", x_in=x_in, steps=3, draws=draws)
+    sampler = NetSampler(net, schedule, RestoreSettings(objective="pred_res", steps=3))
+    assert float((sampler(x_in, [3, 4]) - plain).abs().max() / plain.abs().max()) < 1e-5
+    assert net.training and all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    of_net, of_sampler = ({p.data_ptr() for p in owner.parameters()} for owner in (net, sampler._net))
+    copied = [p for p in sampler._net.parameters() if p.data_ptr() in of_sampler - of_net]
+    assert copied and all(p.ndim == 4 and p.shape[-1] > 1 for p in copied)
+    again = NetSampler(sampler._net, schedule, RestoreSettings(objective="pred_res", steps=2))
+    assert {p.data_ptr() for p in again._net.parameters()} == of_sampler
+
+
+@pytest.fixture
+def two_outputs(tmp_path: Path) -> Path:
+    """A model with two networks that are told the clocks."""
+    values = CONFIG.model_dump(mode="json")
+    values["model"]["num_nets"] = 2
+    values["diffusion"] |= {"objective": "pred_res_noise", "time_input": "clocks"}
+    torch.manual_seed(0)
+    net = make_net(Config.model_validate(values))
+    save_safetensors(tmp_path / "two.safetensors", net.state_dict(), config=values)
+    return tmp_path / "two.safetensors"
+
+
+TRAINED = {"num_timesteps": 50, "sum_scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        (["sample.path=residual_first"], {"path": "residual_first"}),
+        (["sample.path=[[1.0, 0.70710678], [0.4, 0.2], [0, 0]]"], {"path": ((1.0, 0.5**0.5), (0.4, 0.2), (0, 0))}),
+        (["sample.use=residual"], {"use": "residual"}),
+        (["sample.update=x0", "sample.eta=0.5", "sample.steps=4"], {"update": "x0", "eta": 0.5, "steps": 4}),
+        (
+            ["sample.schedule.alpha_kind=power", "sample.schedule.alpha=increased", "sample.schedule.alpha_power=2"],
+            {
+                "schedule": readjust(
+                    make_schedule(**TRAINED),  # type: ignore[arg-type]
+                    alpha=make_schedule(kind="power", alpha="increased", alpha_power=2.0, **TRAINED),  # type: ignore[arg-type]
+                )
+            },
+        ),
+    ],
+)
+def test_overrides_change_the_sampler_as_its_arguments_do(
+    two_outputs: Path, overrides: list[str], settings: dict[str, Any]
+) -> None:
+    model, inputs, ids = load_model(two_outputs, overrides=overrides), images(2, 16, 24), [0, 1]
+    arguments = {"schedule": make_schedule(**TRAINED), "steps": 3, **settings}  # type: ignore[arg-type]
+    x0 = sample(
+        load_model(two_outputs).net,
+        arguments.pop("schedule"),
+        objective="pred_res_noise",
+        x_in=torch.from_numpy(inputs).permute(0, 3, 1, 2).float() / 127.5 - 1,
+        draws=Draws(0, torch.tensor(ids)),
+        time_input="clocks",
+        **arguments,
+    )
+    restored = restore(model, inputs)
+    # The folded network rounds differently.
+    assert np.abs(restored.astype(int) - to_images(x0)).max() <= 1 and (restored != to_images(x0)).mean() < 1e-3
+    assert np.array_equal(load_restorer(two_outputs, overrides=overrides).restore(inputs, ids), restored)
+    plain = load_model(two_outputs)
+    assert (restored != restore(plain, inputs)).mean() > 0.01
+    assert restore_settings(model.config).describe() != restore_settings(plain.config).describe()
+    assert json.loads(json.dumps(restore_settings(model.config).describe()))["schedule"]["sum_scale"] == 0.5
+    assert model.digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=3", r"--set train.steps=3 is no setting of the sampler; give sample.KEY=VALUE"),
+        ("sample=3", "is no setting of the sampler"),
+        ("sample.stepz=3", r"unknown key sample.stepz; did you mean sample.steps\?"),
+        ("sample.schedule.alpha_powr=3", r"did you mean sample.schedule.alpha_power\?"),
+        ("sample.steps=0", "sample.steps=0: input should be greater than or equal to 1"),
+        ("sample.steps=51", "sample.steps=51 exceeds diffusion.num_timesteps=50"),
+        ("sample.eta=1.5", "sample.eta=1.5"),
+        ("sample.eta", "must have the form section.key=value"),
+        ("sample.every=3", "sample.every is about previews during training"),
+        ("sample.schedule.alpha_power=2", "has no effect with alpha_kind=same; set sample.schedule.alpha_kind"),
+        ("sample.schedule={alpha_kind: linear, alpha: normal}", "sample.schedule.alpha=normal"),
+    ],
+)
+def test_an_override_that_does_not_fit_is_one_line(two_outputs: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        load_model(two_outputs, overrides=[override])
+    assert "\n" not in str(raised.value)
+
+
+def test_masks_go_with_the_networks_that_see_them(two_outputs: Path, tmp_path: Path) -> None:
+    values = CONFIG.model_dump(mode="json")
+    values["model"]["condition"] = "input_mask"
+    torch.manual_seed(0)
+    path = tmp_path / "masked.safetensors"
+    save_safetensors(path, make_net(Config.model_validate(values)).state_dict(), config=values)
+    model, inputs, masks = load_model(path), images(2, 8, 12), images(2, 8, 12, seed=1)[..., 0]
+    expected = load_restorer(path).restore(inputs, [0, 1], masks)
+    assert np.array_equal(restore(model, inputs, masks=masks), expected)
+    assert not np.array_equal(restore(model, inputs, masks=255 - masks), expected)
+    with pytest.raises(ConfigError, match="needs a mask for every image"):
+        restore(model, inputs)
+    with pytest.raises(ConfigError, match="a mask was given, but this network has model.condition=input "):
+        restore(load_model(two_outputs), inputs, masks=masks)

@@ -1,0 +1,168 @@
+"""Where the state of a run comes from: a checkpoint, a model to start from (train.init_from), or the seed alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError, ModelError
+from data_pipeline.rng import mix_seed
+from rddm_dist import comm
+from rddm_dist.config import Config, identity_digest, iter_keys
+from rddm_dist.factory import make_net
+from rddm_dist.loading import Model, load_model
+from rddm_dist.model.net import Network
+from rddm_dist.training import checkpoint as ckpt
+from rddm_dist.training.ema import Ema
+from rddm_dist.training.engine import Engine
+from rddm_dist.training.prepare import Prepared, naming_init_from, registry_of
+from rddm_dist.training.reporting import Reporting
+from rddm_dist.training.selection import SEARCH_DIR, Selection, read_selection
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run goes on from, known to every worker.
+
+    checkpoint: the newest sound one, of the search while it lasts, None at the beginning; selection: the outcome of
+    the search where there is one; skipped: damaged checkpoints that were passed over.
+    """
+
+    checkpoint: ckpt.Checkpoint | None
+    selection: Selection | None
+    skipped: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.progress.step if self.checkpoint else 0
+
+
+def find_start(prepared: Prepared) -> Start:
+    """Look on rank 0 for what the run folder holds. Raises ModelError on every worker for what does not fit it."""
+    start = None
+    with comm.together():
+        if comm.rank() == 0:
+            start = _find_start(prepared)
+    return comm.broadcast_object(start)
+
+
+def _find_start(prepared: Prepared) -> Start:
+    run_dir, selection = prepared.run_dir, None
+    skipped: list[str] = []
+    found = ckpt.find_newest(run_dir / "checkpoints", skipped=skipped)
+    if prepared.config.diffusion.objective == "auto":
+        trained = found.progress.selection if found else None
+        selection = read_selection(run_dir) or trained
+        if trained and selection and trained.objective != selection.objective:
+            raise ModelError(
+                f"{run_dir} holds a selection of {selection.objective} and a checkpoint trained with "
+                f"{trained.objective}; move the one that is not this run's away"
+            )
+        if selection is None:
+            found = ckpt.find_newest(run_dir / SEARCH_DIR, skipped=skipped)
+    if found is not None and found.progress.config_digest != identity_digest(prepared.config):
+        raise ModelError(f"checkpoint {found.path} was written with other settings than config.yaml says")
+    return Start(found, selection, tuple(skipped))
+
+
+def load_state(checkpoint: ckpt.Checkpoint, engine: Engine, ema: Ema) -> None:
+    """Bring engine and averages to where the checkpoint is. All ranks call it, and fail together."""
+    ckpt.load_checkpoint(checkpoint, engine, ema)
+    progress = checkpoint.progress
+    log.info(
+        "resumed from %s at step %d, written by %d worker(s) at ZeRO stage %d",
+        checkpoint.path,
+        progress.step,
+        progress.world_size,
+        progress.zero_stage,
+    )
+
+
+def save_state(
+    folder: Path,
+    prepared: Prepared,
+    engine: Engine,
+    ema: Ema,
+    *,
+    step: int,
+    selection: Selection | None,
+    reporting: Reporting,
+) -> None:
+    """Write the checkpoint of `step` and delete those that train.keep_last no longer keeps. All ranks call it."""
+    progress = ckpt.Progress(
+        step=step,
+        position=step * engine.plan.global_batch,
+        optimizer_step=engine.optimizer_step,
+        config_digest=identity_digest(prepared.config),
+        data_fingerprint=prepared.data_fingerprint,
+        world_size=engine.plan.world_size,
+        zero_stage=engine.stage,
+        selection=selection,
+    )
+    path = ckpt.save_checkpoint(folder, engine, ema, progress)
+    if comm.rank() == 0:
+        ckpt.sweep(folder, newest=step, keep_last=prepared.config.train.keep_last)
+        reporting.saved(step, path)
+
+
+def draw_net(config: Config) -> Network:
+    """The network with weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix_seed(config.train.seed, "init") % 2**63)
+        return make_net(config, activation_checkpointing=config.engine.activation_checkpointing)
+
+
+def load_init(prepared: Prepared, net: Network) -> Prepared:
+    """Fill a new run's network with the EMA weights of train.init_from.   -> the run with the digest of those weights
+
+    Raises ModelError where they do not fit, or are not those that an earlier start of the run began with.
+    """
+    given = prepared.config.train.init_from
+    with naming_init_from():
+        model = load_model(given, tracking_uri=registry_of(prepared.config))
+    _check_fit(prepared.config, model, net.state_dict())
+    if prepared.init_weights not in ("", model.digest):
+        raise ModelError(
+            f"train.init_from={given} has other weights ({model.digest[:12]}) than {prepared.run_dir} was started from "
+            f"({prepared.init_weights[:12]}) and there is no checkpoint yet; give those back or choose another run.name"
+        )
+    net.load_state_dict(model.net.state_dict())
+    log.info("starting from the weights of %s (%s)", model.path, model.digest[:12])
+    theirs, ours = model.config.diffusion.objective, prepared.config.diffusion.objective
+    if theirs != ours:
+        log.warning("train.init_from=%s was trained with diffusion.objective=%s, not %s", given, theirs, ours)
+    return replace(prepared, init_weights=model.digest)
+
+
+def _check_fit(config: Config, model: Model, ours: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of the parameters; settings tell more than parameters where they differ."""
+    theirs = model.net.state_dict()
+    wrong = [
+        name
+        for name in {**ours, **theirs}
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
+    ]
+    if not wrong:
+        return
+    there = {name: value for name, _, value in iter_keys(model.config.model)}
+    named = "; ".join(
+        f"model.{name} is {_plain(value)} here and {_plain(there[name])} there"
+        for name, _, value in iter_keys(config.model)
+        if there[name] != value
+    )
+    raise ConfigError(
+        f"train.init_from={config.train.init_from} does not fit the configured network: "
+        f"{named or f'parameter {wrong[0]} differs'}; change the model section, or start from another model"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
