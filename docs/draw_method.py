@@ -33,6 +33,7 @@ from matplotlib import pyplot as plt
 
 CROP = 256
 PICTURE = 1  # of the held-out photographs, which one is shown
+PICTURES = ("forward.jpg", "schedules.png", "sampling.jpg", "paths.jpg", "steps.png")
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 DPI = 110
 
@@ -45,16 +46,16 @@ def main() -> None:
     x_in, x0 = to_tensor(degraded), to_tensor(target)
     draws = Draws(0, torch.tensor([stable_id(key)]), "cpu")
     jobs: dict[str, Callable[[], None]] = {
-        "forward": lambda: draw_forward(x_in, x0, draws),
-        "schedules": draw_schedules,
-        "sampling": lambda: draw_sampling(options.model, x_in, draws),
-        "paths": lambda: draw_paths(x_in, x0, draws),
-        "steps": lambda: draw_steps(options.model, pairs),
+        "forward.jpg": lambda: draw_forward(x_in, x0, draws),
+        "schedules.png": draw_schedules,
+        "sampling.jpg": lambda: draw_sampling(options.model, x_in, draws),
+        "paths.jpg": lambda: draw_paths(x_in, x0, draws),
+        "steps.png": lambda: draw_steps(options.model, pairs),
     }
-    for name, draw in jobs.items():
-        draw()
-        path = options.out / f"{name}.png"
-        plt.savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    for name in options.only or PICTURES:
+        jobs[name]()
+        path = options.out / name
+        plt.savefig(path, dpi=DPI, bbox_inches="tight")
         plt.close("all")
         print(path, flush=True)
 
@@ -206,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="runs/demo", help="trained model (runs/demo)")
     parser.add_argument("--data", default="runs/data/demo/eval", help="packed pairs (runs/data/demo/eval)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images", help="folder of the pictures")
+    parser.add_argument("--only", nargs="+", choices=PICTURES, help="only these pictures")
     return parser.parse_args()
 
 
