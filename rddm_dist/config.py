@@ -218,6 +218,16 @@ class SampleScheduleSection(Section):
                         f"sample.schedule.{key}={getattr(self, key)} has no effect with {name}_kind=same; set "
                         f"sample.schedule.{name}_kind to linear, power or ddim"
                     )
+        if self.keeps_estimate and self.alpha_kind == "same":
+            raise ValueError(
+                "sample.schedule.keeps_estimate=true has no effect with alpha_kind=same; set "
+                "sample.schedule.alpha_kind to linear, power or ddim"
+            )
+        if self.betas != "linear" and "ddim" not in (self.alpha_kind, self.beta2_kind):
+            raise ValueError(
+                f"sample.schedule.betas={self.betas} has no effect without kind ddim; set sample.schedule.alpha_kind "
+                "or beta2_kind to ddim"
+            )
         return self
 
 

@@ -68,9 +68,16 @@ def load_model(model: str, *, tracking_uri: str = "", overrides: Sequence[str] =
         path, state, config, extra = _load_folder(path)
     config = override_sampler(config, overrides)
     net = make_net(config)
-    wrong = sorted(set(net.state_dict()) ^ set(state))
+    own = net.state_dict()
+    wrong = sorted(set(own) ^ set(state))
     if wrong:
         raise ModelError(f"{path} does not fit its own configuration: parameter {wrong[0]} is missing or unknown")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise ModelError(
+                f"{path} does not fit its own configuration: parameter {name} is {tuple(state[name].shape)}, not "
+                f"{tuple(tensor.shape)}"
+            )
     net.load_state_dict(state)
     net.eval().requires_grad_(False)
     return Model(net, make_sampling_schedule(config), config, weights_digest(state), path, extra)

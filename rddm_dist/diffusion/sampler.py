@@ -55,6 +55,11 @@ def check_sampling(
     objective=auto must be samplable, and its search possible, whatever its outcome.
     """
     if objective == "auto":
+        if use != "all":
+            raise ConfigError(
+                f"sample.use={use} does not fit diffusion.objective=auto, whose network has one output; set "
+                "sample.use=all"
+            )
         check_selection(schedule)
         for outcome in SELECTABLE:
             check_sampling(
@@ -81,13 +86,20 @@ def check_sampling(
         places = [(f"alpha_cumsum {alpha:g}", 1 - alpha) for alpha, _ in make_path(schedule, path, steps=steps)]
     if path != SIMULTANEOUS:
         _check_path_settings(path, used=used, eta=eta, update=update)
+    keeps_estimate = not torch.equal(schedule.alpha_cumsum, schedule.estimate_alpha_cumsum)
+    if used == "pred_noise" and keeps_estimate and path not in (SIMULTANEOUS, TWO_PASS):
+        raise ConfigError(
+            f"sample.schedule.keeps_estimate=true does not fit sample.path={path}, whose places are not those of "
+            f"training; set it to false, or sample.path={SIMULTANEOUS}"
+        )
     blind = [place for place, rest in places if rest <= 0]
     if used == "pred_noise" and blind:
         what = f"diffusion.objective={objective}" if use == "all" else f"sample.use={use}"
         official = " or parity=official" if schedule.parity == "clean" else ""
         raise ConfigError(
             f"{what} cannot recover the image from noise alone at {blind[0]}, where 1 - alpha_cumsum is 0; take "
-            f"another objective or diffusion.schedule.kind=ddim{official}"
+            f"another objective or diffusion.schedule.kind=ddim{official}; where sample.schedule replaces alpha, also "
+            "sample.schedule.alpha_kind=same or ddim"
         )
 
 

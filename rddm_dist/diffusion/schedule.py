@@ -106,7 +106,6 @@ def make_schedule(
         raise ConfigError(
             f"diffusion.sum_scale={sum_scale} must be a number above 0, in {SUM_SCALES[0]:g}..{SUM_SCALES[1]:g}"
         )
-    # The key that decides, for messages, beside the kind.
     alpha_key, alpha_kind = ("kind", kind) if alpha_kind == "same" else ("alpha_kind", alpha_kind)
     beta2_key, beta2_kind = ("kind", kind) if beta2_kind == "same" else ("beta2_kind", beta2_kind)
     is_official = parity == "official"
@@ -117,12 +116,14 @@ def make_schedule(
     if alpha_kind == "ddim":
         alpha_tables = _ddim_alpha(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), is_official)
     else:
-        weights = _weights("alpha", alpha_key, alpha_kind, alpha, alpha_power, num_timesteps, dtype_of(alpha_kind))
+        _check_weights("alpha", alpha_key, kind=alpha_kind, shape=alpha, power=alpha_power, num_timesteps=num_timesteps)
+        weights = _weights(alpha_kind, alpha, alpha_power, num_timesteps, dtype_of(alpha_kind))
         alpha_tables = _summed_alpha(weights, is_official)
     if beta2_kind == "ddim":
         beta2_tables = _ddim_beta2(_alpha_bar(betas, num_timesteps, dtype_of("ddim")), sum_scale, is_official)
     else:
-        weights = _weights("beta2", beta2_key, beta2_kind, beta2, beta2_power, num_timesteps, dtype_of(beta2_kind)) * sum_scale
+        _check_weights("beta2", beta2_key, kind=beta2_kind, shape=beta2, power=beta2_power, num_timesteps=num_timesteps)
+        weights = _weights(beta2_kind, beta2, beta2_power, num_timesteps, dtype_of(beta2_kind)) * sum_scale
         sums = torch.cumsum(weights, 0)
         beta2_tables = weights, sums.clamp(0, 1) if is_official else sums
     return _assemble(alpha_tables, beta2_tables, sum_scale=sum_scale, parity=parity)
@@ -295,17 +296,20 @@ def _with_posterior(
     )
 
 
-def _weights(name: str, kind: str, shape: str, power: float, num_timesteps: int, dtype: torch.dtype) -> Tensor:
-    """Increments over t = 1..T that sum to 1.   ->  (T,) of `dtype`."""
-    _check_choice(f"diffusion.schedule.{name}", shape, SHAPES[kind], f" with diffusion.schedule.kind={kind}")
+def _check_weights(name: str, kind_key: str, *, kind: str, shape: str, power: float, num_timesteps: int) -> None:
+    """Raise ConfigError for weights that do not exist.   kind_key: the key that chose the kind, kind or {name}_kind"""
+    with_kind = f" with diffusion.schedule.{kind_key}={kind}"
+    _check_choice(f"diffusion.schedule.{name}", shape, SHAPES[kind], with_kind)
     if not (math.isfinite(power) and power >= 0):
         raise ConfigError(f"diffusion.schedule.{name}_power={power} must be a number of at least 0")
     if kind == "linear" and power != 1:
-        raise ConfigError(
-            f"diffusion.schedule.{name}_power={power} has no effect with diffusion.schedule.kind=linear; use kind=power"
-        )
+        raise ConfigError(f"diffusion.schedule.{name}_power={power} has no effect{with_kind}; use {kind_key}=power")
     if kind == "power" and num_timesteps < 2:
-        raise ConfigError("diffusion.schedule.kind=power needs diffusion.num_timesteps of at least 2")
+        raise ConfigError(f"diffusion.schedule.{kind_key}=power needs diffusion.num_timesteps of at least 2")
+
+
+def _weights(kind: str, shape: str, power: float, num_timesteps: int, dtype: torch.dtype) -> Tensor:
+    """Increments over t = 1..T that sum to 1.   ->  (T,) of `dtype`."""
     if shape == "average":
         weights = torch.ones(num_timesteps, dtype=dtype)
     elif shape == "normal":

@@ -19,7 +19,7 @@ from tests.support.runs import write_config
 
 PROBE = (sys.executable, str(ROOT / "tests" / "support" / "train_probe.py"))
 # A rate so small that a step rounds away: what is saved after it is what the run began with.
-STILL = ("optim.lr=1e-30", "train.steps=1", "train.checkpoint_every=1", "engine.threads=1")
+STILL = ("optim.lr=1e-30", "train.steps=1", "train.checkpoint_every=1", "train.global_batch=2", "engine.threads=1")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def plan(folder: Path) -> list[dict[str, Any]]:
 
     begun = ("checkpoints", "model.safetensors")
     return [
-        {"name": "model", "overrides": ["train.steps=3", "ema.start_step=0", "engine.threads=1"]},
+        {"name": "model", "overrides": [*STILL, "optim.lr=1e-3", "train.steps=3", "ema.start_step=0"]},
         {"name": "drawn", "overrides": [*STILL]},
         *(start(f"stage-{stage}", model, f"engine.zero_stage={stage}") for stage in (0, 1, 2, 3)),
         start("export", export),
@@ -55,8 +55,9 @@ def plan(folder: Path) -> list[dict[str, Any]]:
         {"name": "stage-1", "overrides": [*STILL, "train.steps=2"]},
         start("drawn", model, "train.steps=2"),
         # Begun again, as nothing had been saved: from the same weights at another place, and from others.
-        start("stage-0", export, forget=begun),
-        start("stage-0", other, forget=begun),
+        start("again", model),
+        start("again", export, forget=begun),
+        start("again", other, forget=begun),
         # Models that are not there, or do not fit.
         start("absent", folder / "nothing"),
         start("damaged", folder / "cut.safetensors"),
@@ -73,7 +74,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     (folder / "cut.safetensors").write_bytes(b"not much")
     config = write_config(folder, make_dataset(folder, count=20))
     (folder / "runs.json").write_text(json.dumps(plan(folder)))
-    results = run_workers([*PROBE, str(config), str(folder / "runs.json")], 2, cwd=folder, timeout_s=240)
+    results = run_workers([*PROBE, str(config), str(folder / "runs.json")], 2, cwd=folder, timeout_s=300)
     assert {result.code for result in results} == {0}, "\n".join(result.text for result in results)
     said: dict[str, list[tuple[int, str]]] = {}
     for line in results[0].stdout.splitlines():
@@ -126,7 +127,7 @@ def test_a_continued_run_does_not_read_the_model(story: Story) -> None:
 
 
 def test_a_run_that_saved_nothing_begins_again_from_the_same_weights_only(story: Story) -> None:
-    first, same, other = story.said["stage-0"]
+    first, same, other = story.said["again"]
     assert first == same == (0, "")
     assert other[0] == 2 and f"train.init_from={story.run('drawn')} has other weights (" in other[1]
     assert "there is no checkpoint yet; give those back or choose another run.name" in other[1]

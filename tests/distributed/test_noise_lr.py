@@ -19,10 +19,12 @@ from tests.support.runs import write_config
 
 PROBE = (sys.executable, str(ROOT / "tests" / "support" / "train_probe.py"))
 STAGES = (0, 1, 2, 3)
+STEPS = 3
 LR, NOISE_LR = 1e-4, 4e-4
 COMMON = (
     "model.num_nets=2", "diffusion.objective=pred_res_add_noise", f"optim.lr={LR}", "optim.clip_norm=0.1",
-    "train.steps=4", "train.checkpoint_every=1", "train.keep_last=4", "engine.threads=1",
+    "optim.warmup_steps=2", f"train.steps={STEPS}", "train.checkpoint_every=1", "train.keep_last=3",
+    "train.global_batch=2", "engine.threads=1",
 )  # fmt: skip
 TWO = (*COMMON, f"optim.noise_lr={NOISE_LR}")
 
@@ -40,10 +42,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "stopped", "overrides": [*TWO]},
         {"name": "plain", "overrides": [*COMMON]},
         {"name": "equal", "overrides": [*COMMON, f"optim.noise_lr={LR}"]},
-        {"name": "warm", "overrides": [*TWO, "optim.warmup_steps=2", "train.steps=3"]},
     ]
     (folder / "runs.json").write_text(json.dumps(plan))
-    results = run_workers([*PROBE, str(config), str(folder / "runs.json")], 2, cwd=folder, timeout_s=240)
+    results = run_workers([*PROBE, str(config), str(folder / "runs.json")], 2, cwd=folder, timeout_s=300)
     assert {result.code for result in results} == {0}, "\n".join(result.text for result in results)
     assert results[0].stdout.count("RUN ") == results[0].stdout.count(" 0 \n") == len(plan), results[0].text
     return folder / "runs"
@@ -54,7 +55,7 @@ def metrics(run_dir: Path, name: str) -> list[float]:
     return [record["metrics"][name] for record in records if name in record.get("metrics", {})]
 
 
-def state(run_dir: Path, *, step: int = 4, kinds: tuple[str, ...] = (ckpt.WEIGHT,)) -> dict[str, torch.Tensor]:
+def state(run_dir: Path, *, step: int = STEPS, kinds: tuple[str, ...] = (ckpt.WEIGHT,)) -> dict[str, torch.Tensor]:
     reader = ckpt.Reader(ckpt.read_commit(ckpt.step_dir(run_dir / "checkpoints", step)))
     return {f"{kind}/{name}": value for kind in kinds for name, value in reader.read_full(kind)}
 
@@ -62,9 +63,7 @@ def state(run_dir: Path, *, step: int = 4, kinds: tuple[str, ...] = (ckpt.WEIGHT
 def test_every_stage_computes_the_same_and_not_what_one_rate_computes(runs: Path) -> None:
     losses = {stage: metrics(runs / f"two-{stage}", "train/loss") for stage in STAGES}
     for stage in STAGES:
-        assert len(losses[stage]) == 4 and losses[stage] == pytest.approx(losses[0], rel=1e-5)
-        weights = state(runs / f"two-{stage}")
-        assert all(torch.allclose(value, weights[name], atol=2e-6) for name, value in state(runs / "two-0").items())
+        assert len(losses[stage]) == STEPS and losses[stage] == pytest.approx(losses[0], rel=1e-5)
     assert metrics(runs / "plain", "train/loss")[1:] != pytest.approx(losses[2][1:], rel=1e-3)
 
 
@@ -75,7 +74,7 @@ def test_adams_first_step_is_the_rate_of_the_network(runs: Path, stage: int) -> 
     moves = {name.removeprefix("weight/"): value for name, value in state(runs / f"two-{stage}", step=1).items()}
     for network, rate in (("unet0.", LR), ("unet1.", NOISE_LR)):
         largest = max(float((moves[name] - first[name]).abs().max()) for name in first if name.startswith(network))
-        assert largest == pytest.approx(rate, rel=1e-3)
+        assert largest == pytest.approx(rate / 2, rel=1e-3), "the first of two steps of the warm-up"
 
 
 def test_a_second_rate_like_the_first_gives_the_run_without_it(runs: Path) -> None:
@@ -92,8 +91,8 @@ def test_a_run_of_two_groups_goes_on_bit_for_bit_and_at_another_stage(runs: Path
 
 
 def test_both_rates_warm_up_together(runs: Path) -> None:
-    assert metrics(runs / "warm", "train/lr") == pytest.approx([LR / 2, LR, LR])
-    assert metrics(runs / "warm", "train/noise_lr") == pytest.approx([NOISE_LR / 2, NOISE_LR, NOISE_LR])
+    assert metrics(runs / "two-0", "train/lr") == pytest.approx([LR / 2, LR, LR])
+    assert metrics(runs / "two-0", "train/noise_lr") == pytest.approx([NOISE_LR / 2, NOISE_LR, NOISE_LR])
     assert metrics(runs / "plain", "train/noise_lr") == []
 
 

@@ -62,7 +62,7 @@ def of_two_workers() -> list[dict[str, Any]]:
 def of_one_worker() -> list[dict[str, Any]]:
     """The second launch, which goes on with some runs of the first."""
     return [
-        *({"name": f"noise-1-{s}", "overrides": [AUTO, *NOISE, stage(s), "train.micro_batch=2"]} for s in STAGES),
+        *({"name": f"noise-1-{s}", "overrides": [AUTO, *NOISE, stage(s), "train.micro_batch=3"]} for s in STAGES),
         {"name": "residual", "overrides": [AUTO, *RESIDUAL]},
         {"name": "fresh-residual", "overrides": ["diffusion.objective=pred_res", *RESIDUAL]},
         {"name": "moved", "overrides": [AUTO, *NOISE, stage(1)]},
@@ -100,7 +100,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     stdout = {}
     for world_size, runs in ((2, of_two_workers()), (1, of_one_worker())):
         (folder / "runs.json").write_text(json.dumps(runs))
-        results = run_workers([*PROBE, str(config), str(folder / "runs.json")], world_size, cwd=folder, timeout_s=240)
+        results = run_workers([*PROBE, str(config), str(folder / "runs.json")], world_size, cwd=folder, timeout_s=300)
         assert {result.code for result in results} == {0}, "\n".join(result.text for result in results)
         stdout[world_size] = results[0].stdout
         for line in results[0].stdout.splitlines():

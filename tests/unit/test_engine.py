@@ -8,10 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from data_pipeline.errors import ConfigError
 from rddm_dist.config import EngineSection, OptimSection
-from rddm_dist.training.engine import LEFT_LOCK_S, _drop_left_lock, check_engine, deepspeed_config
+from rddm_dist.model.net import build_net
+from rddm_dist.training.engine import (
+    LEFT_LOCK_S,
+    OPTIMIZERS,
+    _drop_left_lock,
+    check_engine,
+    deepspeed_config,
+    parameter_groups,
+)
 from rddm_dist.training.plan import make_plan
 
 
@@ -44,6 +54,50 @@ def test_further_keys_are_merged_into_the_derived_ones() -> None:
 def test_what_cannot_work_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_engine(EngineSection.model_validate(settings), on_gpu=False)
+
+
+def two_networks() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({f"unet{i}": nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4)) for i in (0, 1)})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_one_optimizer_with_two_rates_is_two_optimizers(name: str, weight_decay: float) -> None:
+    """Clipped over both networks jointly, as the authors do with an optimizer for each."""
+    optim = OptimSection(name=name, lr=1e-2, noise_lr=3e-3, weight_decay=weight_decay)
+    one, other = two_networks(), two_networks()
+    shared = {"betas": optim.betas, "eps": optim.eps, "weight_decay": weight_decay}
+    groups, ratios = parameter_groups(one, optim)
+    together = [OPTIMIZERS[name](groups, lr=optim.lr, **shared)]
+    for group, ratio in zip(together[0].param_groups, ratios, strict=True):
+        group["lr"] = optim.lr * ratio
+    apart = [
+        OPTIMIZERS[name](other["unet0"].parameters(), lr=1e-2, **shared),
+        OPTIMIZERS[name](other["unet1"].parameters(), lr=3e-3, **shared),
+    ]
+    for step in range(8):
+        images = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        for nets, optimizers in ((one, together), (other, apart)):
+            loss = (nets["unet0"](images) - images).square().sum() + (nets["unet1"](images) + images).abs().sum()
+            nets.zero_grad()
+            loss.backward()
+            assert nn.utils.clip_grad_norm_(nets.parameters(), 1.0) > 1.0
+            for optimizer in optimizers:
+                optimizer.step()
+    for (key, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8, msg=key)
+    assert (one["unet1"][0].weight - two_networks()["unet1"][0].weight).abs().max() > 1e-3
+
+
+def test_every_parameter_is_in_one_group_and_the_second_is_the_second_network() -> None:
+    net = build_net(dim=8, dim_mults=(1, 2), num_nets=2)
+    (first, second), ratios = parameter_groups(net, OptimSection(lr=1e-4, noise_lr=3e-4))
+    assert [id(p) for p in first["params"]] == [id(p) for p in net.get_submodule("unet0").parameters()]
+    assert [id(p) for p in second["params"]] == [id(p) for p in net.get_submodule("unet1").parameters()]
+    assert ratios == pytest.approx([1.0, 3.0])
+    [only], ratios = parameter_groups(net, OptimSection(lr=1e-4))
+    assert len(only["params"]) == len(list(net.parameters())) and ratios == [1.0]
 
 
 def test_the_lock_of_a_killed_build_is_removed(tmp_path: Path) -> None:
