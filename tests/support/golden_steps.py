@@ -5,16 +5,18 @@ python -m tests.support.golden_steps STAGE...
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rddm_dist import comm
 from rddm_dist.comm import Topology
@@ -31,6 +33,9 @@ from tests.support.filling import fill
 RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "train_steps.json").read_text())
 ACCUMULATION, BATCH, T = 2, 2, 1000
 SHAPE = (BATCH, 3, 16, 16)
+TOLERANCE = 1e-3
+# A thousandth of a sum is more than steps move it, so how far they do is compared as well.
+MOVED = {"param_sum": 3e-5, "param_sqsum": 1e-5}
 OLD = {"name": "adam", "lr": 8e-5, "betas": (0.9, 0.99)}
 
 
@@ -107,6 +112,33 @@ def engine_steps(name: str, stage: int) -> Iterator[dict[str, Any]]:
             "param_sqsum": float(weights.square().sum()),
         }
     engine.close()
+
+
+def weights_of(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()]).double()
+
+
+def sums_of(weights: Tensor) -> dict[str, float]:
+    return {"param_sum": float(weights.sum()), "param_sqsum": float(weights.square().sum())}
+
+
+@functools.cache
+def sums_before(name: str) -> dict[str, float]:
+    return sums_of(weights_of(make_filled(VARIANTS[name])))
+
+
+def assert_recorded(name: str, index: int, step: Mapping[str, Any]) -> None:
+    """Compare what a step recorded with the published one."""
+    recorded, before = RECORDED[name][index], sums_before(name)
+    losses = recorded["loss"]
+    ours = step["loss"] if len(losses) > 1 else [sum(step["loss"])]
+    assert ours == pytest.approx(losses, rel=TOLERANCE)
+    for key in ("grad_norm_before_clip", "param_sum", "param_sqsum"):
+        assert step[key] == pytest.approx(recorded[key], rel=TOLERANCE), key
+    for key, tolerance in MOVED.items():
+        moved = recorded[key] - before[key]
+        assert step[key] - before[key] == pytest.approx(moved, rel=TOLERANCE, abs=tolerance), key
+        assert abs(moved) > 3 * tolerance
 
 
 if __name__ == "__main__":
