@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from data_pipeline.errors import ConfigError, DataError
 from rddm_dist.cli.main import app
 from rddm_dist.config import Config, iter_keys, load_config
 
@@ -59,6 +60,22 @@ def test_a_preset_is_planned_without_its_data(
     shown = result.output + capsys.readouterr().out
     assert "NOT THERE YET" in shown and f"name: {path.stem}" in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_plan_does_without_data_and_only_where_its_folder_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["train", str(ROOT / "configs" / "train" / "raindrop.yaml")]
+    with pytest.raises(DataError, match="data/raindrop/train"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    # Settings are checked all the same.
+    with pytest.raises(ConfigError, match="sample.steps=1001"):
+        CliRunner().invoke(app, [*command, "--dry-run", "sample.steps=1001"], catch_exceptions=False)
+    for name in ("train", "test_a"):
+        (tmp_path / "data" / "raindrop" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="data/raindrop/train"):
+        CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
