@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_pipeline.errors import ConfigError
 
 IDENTITY, EXTENDABLE, EXECUTION = "identity", "extendable", "execution"
+# Identity keys that came after runs had been written, with the value that those runs had without knowing.
+LATER_KEYS = {"diffusion.generate": False, "optim.noise_lr": 0.0}
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 PathName = Literal["simultaneous", "residual_first", "noise_first", "two_pass"]
 
@@ -317,6 +319,11 @@ class Config(Section):
                 f"diffusion.objective=auto does not fit diffusion.process={self.diffusion.process}, which has no "
                 "residual; set diffusion.process=rddm"
             )
+        if self.diffusion.objective == "auto" and self.optim.weight_decay:
+            raise ValueError(
+                f"optim.weight_decay={self.optim.weight_decay} would pull the weight of the search to one side with "
+                "diffusion.objective=auto; set it to 0, or name an objective"
+            )
         if self.diffusion.generate and self.model.condition != "none":
             raise ValueError(
                 f"diffusion.generate=true shows the network no degraded image, model.condition={self.model.condition} "
@@ -478,7 +485,11 @@ def differences(old: Config, new: Config, key_class: str) -> list[str]:
 
 def identity_digest(config: Config) -> str:
     """sha256 over the identity keys: two runs with one digest (and one manifest) compute the same thing."""
-    identity = {name: value for name, kind, value in iter_keys(config) if kind == IDENTITY}
+    identity = {
+        name: value
+        for name, kind, value in iter_keys(config)
+        if kind == IDENTITY and not (name in LATER_KEYS and value == LATER_KEYS[name])
+    }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -69,6 +69,10 @@ def import_published(
 
 def interpret(file: Published, *, source: Path, given: Values) -> Imported:
     """What was read from `source`, with the settings its reader gives, as a model. See `import_published`."""
+    diffusion = _part(given, "diffusion")
+    if file.alpha_res is not None and diffusion.get("objective") == "auto":
+        # The outcome of the search stands in the file.
+        given = {**given, "diffusion": {key: value for key, value in diffusion.items() if key != "objective"}}
     found = _found(file, given, source)
     _check_network(file, given, source)
     assumed = _assumptions(file, given, source)

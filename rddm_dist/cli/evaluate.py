@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SET_HELP = "Another sampler setting, such as sample.path=residual_first; repeatable"
 SET_METAVAR = "sample.KEY=VALUE"
-MODEL_HELP = "Run folder, checkpoint folder, .safetensors file, or models:/name@alias"
+MODEL_HELP = "Run, model or checkpoint folder, .safetensors file, or models:/name@alias"
 
 
 def register(app: typer.Typer) -> None:
@@ -138,8 +138,23 @@ def evaluate_model(
             rows.extend(unit_rows)
             bar.update(len(rows))
     report = build_report(rows, model=model, data=data, manifest=manifest, settings=settings)
-    write_report_files(out, report, command=f"rddm evaluate {shlex.quote(str(model.path))} --data {shlex.quote(data)}")
+    write_report_files(out, report, command=_command(model, data, settings, limit=limit))
     return report
+
+
+def _command(model: Model, data: str, settings: EvalSettings, *, limit: int) -> str:
+    """The command that makes these scores again; what --set gave takes the place of --steps and --eta."""
+    words = ["rddm", "evaluate", str(model.path), "--data", data, "--protocol", settings.protocol]
+    keys = {override.partition("=")[0].strip() for override in settings.overrides}
+    for name in ("steps", "eta"):
+        if f"sample.{name}" not in keys:
+            words += [f"--{name}", f"{getattr(settings, name):g}"]
+    words += ["--seed", str(settings.seed), "--batch-size", str(settings.batch_size)]
+    if limit:
+        words += ["--limit", str(limit)]
+    for override in settings.overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def absolute(uri: str) -> str:

@@ -13,6 +13,8 @@ from rddm_dist.cli.arguments import single_count, single_steps
 from rddm_dist.cli.evaluate import MODEL_HELP, SET_HELP, SET_METAVAR, sampler_overrides
 from rddm_dist.cli.progress import ProgressBar, say
 
+STOPPED = 75
+
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="Example: rddm sample runs/celeba64 --num 64 --out samples --grid")(sample)
@@ -77,7 +79,11 @@ def sample(
         results = run_on_ray(str(loaded.path), batches, wanted, out=out, actors=count, gpus_per_actor=gpus_per_actor)
     else:
         results = generate.run_here(generator, batches, out=out)
-    _follow(results, total=num, done=len(kept))
+    try:
+        _follow(results, total=num, done=len(kept))
+    except KeyboardInterrupt as error:
+        say(f"stopped; the same command goes on in {out}")
+        raise typer.Exit(STOPPED) from error
     were_there = f", {len(kept)} were there" if kept else ""
     say(f"{num} image(s) of {wanted.size[0]}x{wanted.size[1]} in {out}{were_there}")
     if grid:

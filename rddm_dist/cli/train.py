@@ -105,13 +105,15 @@ def _plan_run(config: Config, *, workers: int, gpus_per_worker: int) -> None:
     """Check a run and print its plan; where its datasets are not there yet, all that does not need them."""
     from rddm_dist.config import to_yaml
     from rddm_dist.training.data import absent_datasets
-    from rddm_dist.training.prepare import check_settings, run_dir_of
+    from rddm_dist.training.prepare import check_init, check_settings, run_dir_of
 
     absent = absent_datasets(config)
-    if absent and config.data.uris:
+    if absent:
         plan = check_settings(config, world_size=workers)
+        check_init(config)
         _check_machine(config, gpus_per_worker=gpus_per_worker)
-        where, data = str(run_dir_of(config)), f"NOT THERE YET, not checked: {', '.join(absent)}; see rddm pack --help"
+        where = f"{run_dir_of(config)} (not looked at)"
+        data = f"NOT THERE YET: {', '.join(absent)}; see rddm pack --help; no dataset of the run was checked"
     else:
         prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
         plan, data = prepared.plan, prepared.data.describe()

@@ -95,7 +95,7 @@ def check_sampling(
     blind = [place for place, rest in places if rest <= 0]
     if used == "pred_noise" and blind:
         what = f"diffusion.objective={objective}" if use == "all" else f"sample.use={use}"
-        official = " or parity=official" if schedule.parity == "clean" else ""
+        official = " or diffusion.parity=official" if schedule.parity == "clean" else ""
         raise ConfigError(
             f"{what} cannot recover the image from noise alone at {blind[0]}, where 1 - alpha_cumsum is 0; take "
             f"another objective or diffusion.schedule.kind=ddim{official}; where sample.schedule replaces alpha, also "

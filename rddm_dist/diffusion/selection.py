@@ -47,7 +47,7 @@ def check_selection(schedule: Schedule) -> None:
     if blind:
         raise ConfigError(
             f"diffusion.objective=auto cannot read the output as noise at timestep {blind[0]}, where 1 - alpha_cumsum "
-            "is 0; set diffusion.schedule.kind=ddim or parity=official"
+            "is 0; set diffusion.schedule.kind=ddim or diffusion.parity=official"
         )
 
 

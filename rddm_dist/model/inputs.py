@@ -64,4 +64,6 @@ def check_mask(condition: str, *, given: bool) -> None:
             "out, or take a model trained with model.condition=input_mask"
         )
     if not given and condition == "input_mask":
-        raise ConfigError("this network has model.condition=input_mask and needs a mask for every image; give masks")
+        raise ConfigError(
+            "this network has model.condition=input_mask and needs a mask for every image; give masks (--mask)"
+        )

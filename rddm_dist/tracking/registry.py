@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 EXPERIMENT = "rddm"  # of versions that belong to no run
-WEIGHTS_TAG, SCORE_TAG = "rddm.weights_digest", "rddm.score."
+SCORE_TAG = "rddm.score."
 # Two scores are comparable when these agree.
 COMPARED = ("protocol", "size", "data_fingerprint", "images")
 REQUIREMENTS = ("rddm-dist", "torch", "numpy", "safetensors", "pydantic", "PyYAML", "mlflow")
@@ -66,7 +66,7 @@ def register(
     from mlflow import MlflowException
 
     try:
-        known = _find_version(client, name, digests["weights"])
+        known = _find_version(client, name, digests)
         if known is None:
             tags = {f"rddm.{key}_digest": value for key, value in digests.items()}
             tags |= {f"{SCORE_TAG}{key}": str(value) for key, value in (score or {}).items()}
@@ -119,9 +119,11 @@ def _not_found(client: MlflowClient, model_uri: str, name: str, uri: str) -> str
     return f"{model_uri} does not exist at {uri}; known: {', '.join(known) or 'no version'}"
 
 
-def _find_version(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+def _find_version(client: MlflowClient, name: str, digests: Mapping[str, str]) -> ModelVersion | None:
+    """The version of these weights under this configuration: the same weights may be read in another way."""
+    wanted = {f"rddm.{key}_digest": digests[key] for key in ("weights", "config") if key in digests}
     for version in client.search_model_versions(f"name='{name}'"):
-        if version.tags.get(WEIGHTS_TAG) == digest:
+        if all(version.tags.get(tag) == digest for tag, digest in wanted.items()):
             return version
     return None
 

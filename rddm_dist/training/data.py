@@ -108,10 +108,8 @@ def find_data(config: Config) -> TrainData:
 
 
 def absent_datasets(config: Config) -> tuple[str, ...]:
-    """The datasets that the configuration names in local folders that do not exist."""
-    data = config.data
-    local = [uri for uri in (*data.uris, data.eval_uri) if uri and "://" not in uri]
-    return tuple(uri for uri in local if not Path(uri).exists())
+    """The training datasets that the configuration names in local folders that do not exist."""
+    return tuple(uri for uri in config.data.uris if "://" not in uri and not Path(uri).exists())
 
 
 def row_settings(data: DataSection, *, targets_only: bool) -> RowSettings:

@@ -78,8 +78,7 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
         return _check_continuation(prepared)
     if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
         raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
-    if config.train.init_from:
-        _check_init(config)
+    check_init(config)
     return prepared
 
 
@@ -137,8 +136,10 @@ def _check_preview(config: Config, data: TrainData, manifest: Manifest) -> None:
         raise ConfigError(f"model.condition=input_mask needs masks, data.eval_uri={uri} has none; pack with --mask")
 
 
-def _check_init(config: Config) -> None:
-    """Find out whether train.init_from is there; whether it fits is for the workers to find out."""
+def check_init(config: Config) -> None:
+    """Find out whether train.init_from, if any, is there; whether it fits is for the workers to find out."""
+    if not config.train.init_from:
+        return
     with naming_init_from():
         locate(config.train.init_from, tracking_uri=registry_of(config))
 

@@ -28,7 +28,7 @@ from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting, open_reporting
 from rddm_dist.training.search import Search
 from rddm_dist.training.selection import SEARCH_DIR, Selection, with_outcome, write_selection
-from rddm_dist.training.state import Start, draw_net, find_start, load_init, load_state, save_state
+from rddm_dist.training.state import Start, check_same_init, draw_net, find_start, load_init, load_state, save_state
 from rddm_dist.training.step import StepResult, train_step
 from rddm_dist.training.stopping import StopFlag, clear_request
 
@@ -134,6 +134,7 @@ def open_training(prepared: Prepared, topology: Topology, start: Start) -> Train
         net = draw_net(config)
         if config.train.init_from and start.checkpoint is None:
             prepared = load_init(prepared, net)
+    check_same_init(prepared)
     engine = Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
     ema = make_ema(engine.pieces)
     if start.checkpoint is not None:

@@ -6,6 +6,7 @@ Spec of RDDM, section 4 (AOSA). What the search has trained is thrown away; only
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +124,10 @@ class Search:
             step, self._weight = step + 1, total / owners
             objective = selected_objective(self._weight)
             self._curve = (*self._curve, (step, self._weight))
+        if not math.isfinite(self._weight):
+            error = TrainingFault(f"the weight of the search is not finite after step {step}; lower optim.lr")
+            error.is_shared = True
+            raise error
         if objective is None:
             raise _undecided(config.train.steps, self._weight)
         return self._state(objective, step)

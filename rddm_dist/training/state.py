@@ -136,21 +136,39 @@ def load_init(prepared: Prepared, net: Network) -> Prepared:
         )
     net.load_state_dict(model.net.state_dict())
     log.info("starting from the weights of %s (%s)", model.path, model.digest[:12])
-    theirs, ours = model.config.diffusion.objective, prepared.config.diffusion.objective
-    if theirs != ours:
-        log.warning("train.init_from=%s was trained with diffusion.objective=%s, not %s", given, theirs, ours)
+    for key in ("objective", "time_input", "generate"):
+        theirs, ours = getattr(model.config.diffusion, key), getattr(prepared.config.diffusion, key)
+        if theirs != ours:
+            log.warning("train.init_from=%s was trained with diffusion.%s=%s, not %s", given, key, theirs, ours)
     return replace(prepared, init_weights=model.digest)
 
 
+def check_same_init(prepared: Prepared) -> None:
+    """Raise ModelError on every worker where they have read different weights, as of a run that is still trained."""
+    digests = comm.gather_object(prepared.init_weights)
+    with comm.together():
+        if digests is not None and len(set(digests)) > 1:
+            raise ModelError(
+                f"train.init_from={prepared.config.train.init_from} changed while the workers read it; give a "
+                "checkpoint folder or a .safetensors file, which stay as they are"
+            )
+
+
 def _check_fit(config: Config, model: Model, ours: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of the parameters; settings tell more than parameters where they differ."""
+    """Compare names and shapes of the parameters; settings tell more than parameters where they differ.
+
+    What the network is shown counts as well: equal channels may be read in two ways.
+    """
     theirs = model.net.state_dict()
+    reads_alike = all(
+        getattr(config.model, key) == getattr(model.config.model, key) for key in ("condition", "self_condition")
+    )
     wrong = [
         name
         for name in {**ours, **theirs}
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
     ]
-    if not wrong:
+    if not wrong and reads_alike:
         return
     there = {name: value for name, _, value in iter_keys(model.config.model)}
     named = "; ".join(

@@ -64,6 +64,8 @@ def plan(folder: Path) -> list[dict[str, Any]]:
         start("unregistered", "models:/nobody@champion"),
         start("wide", model, "model.dim=16", "model.dim_mults=[1, 2, 2]"),
         start("double", model, "model.num_nets=2", "diffusion.objective=pred_res_noise"),
+        # As many channels, read in another way.
+        start("otherwise", model, "model.condition=none", "model.self_condition=true"),
     ]
 
 
@@ -143,6 +145,7 @@ def test_a_run_that_saved_nothing_begins_again_from_the_same_weights_only(story:
         ("unregistered", 0, "train.init_from: models:/nobody@champion does not exist: there is no registry at"),
         ("wide", 0, "model.dim is 16 here and 8 there; model.dim_mults is [1, 2, 2] here and [1, 2] there"),
         ("double", 0, "model.num_nets is 2 here and 1 there; change the model section"),
+        ("otherwise", 0, "model.condition is none here and input there; model.self_condition is True here and False"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(story: Story, name: str, start: int, said: str) -> None:

@@ -141,6 +141,7 @@ def test_train_with_a_wrong_setting(
         ("diffusion.objective=auto", "diffusion.objective=auto cannot read the output as noise"),
         ("diffusion.objective=auto model.num_nets=2", "model.num_nets=2 does not fit diffusion.objective=auto"),
         ("diffusion.objective=auto diffusion.schedule.kind=ddim train.init_from=x", "train.init_from="),
+        ("diffusion.objective=auto diffusion.schedule.kind=ddim optim.weight_decay=0.1", "optim.weight_decay=0.1"),
         ("diffusion.generate=true", "set model.condition=none"),
         ("diffusion.generate=true model.condition=none data.degrade=noise", "data.degrade is about degraded images"),
         ("sample.steps=21", "sample.steps=21 exceeds diffusion.num_timesteps=20"),

@@ -179,6 +179,7 @@ def test_the_objective_follows_from_the_network_or_must_be_given(call: Call, tmp
         assert model.config.diffusion.objective == objective and float(model.extra["alpha_res"]) == pytest.approx(
             alpha_res
         )
+        import_into(call, name, "diffusion.objective=auto")  # what such a file was trained with
     trainer_file(tmp_path / "open.pt", ONE, alpha_res=0.505)
     assert "0.505, undecided" in import_into(call, "open")
     trainer_file(tmp_path / "one.pt", ONE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rddm_dist.config import (
     EXECUTION,
     EXTENDABLE,
     IDENTITY,
+    LATER_KEYS,
     Config,
     Section,
     differences,
@@ -144,3 +147,13 @@ def test_a_wrong_setting_of_the_data_is_one_line(tmp_path: Path, override: str, 
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, "data: {uri: a}"), [override])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_came_later_does_not_change_what_earlier_runs_were() -> None:
+    for name, value in LATER_KEYS.items():
+        assert (name, IDENTITY, value) in list(iter_keys(Config()))
+    keys = {name: value for name, kind, value in iter_keys(Config()) if kind == IDENTITY and name not in LATER_KEYS}
+    expected = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+    assert identity_digest(Config()) == expected
+    changed = Config.model_validate({"optim": {"noise_lr": 1e-3}})
+    assert identity_digest(changed) != expected

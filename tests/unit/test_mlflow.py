@@ -268,12 +268,14 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
 ) -> None:
     run_id = start(run_dir, uri).run_id
 
-    def enter(seed: int, psnr: float | None, *, margin_db: float = 0.0, **score: Any) -> Registration:
+    def enter(
+        seed: int, psnr: float | None, *, margin_db: float = 0.0, config: str = "c", **score: Any
+    ) -> Registration:
         return register(
             export(tmp_path / f"{seed}.safetensors", seed),
             uri=uri,
             name="rddm-demo",
-            digests={"weights": f"w{seed}", "data": "d", "config": "c", "code": "v"},
+            digests={"weights": f"w{seed}", "data": "d", "config": config, "code": "v"},
             score={"psnr": psnr, "protocol": "rgb", "size": "native", "data_fingerprint": "eval", "images": 2, **score},
             margin_db=margin_db,
             run_id=run_id,
@@ -297,6 +299,8 @@ def test_the_champion_changes_only_for_a_better_one_and_loads_as_any_mlflow_mode
     assert "another protocol" in results[2].reason and "another data_fingerprint" in results[3].reason
     assert "PSNR is not known" in results[5].reason and "+0.200 dB" in results[7].reason
     assert "another size" in results[6].reason
+    # The same weights read in another way are another version.
+    assert enter(1, 24.0, config="clocks").version == "10"
 
     client = open_client(uri)
     champion = client.get_model_version_by_alias("rddm-demo", "champion")
