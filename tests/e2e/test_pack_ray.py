@@ -60,12 +60,12 @@ def test_ray_packs_the_same_bytes_and_tells_an_error_in_one_line(
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    make_folders(tmp_path / "source", count=160, size=(144, 144))
+    # Much work for one job: it must not be over before the signal comes, however busy the machine.
+    make_folders(tmp_path / "source", count=160, size=(240, 240))
     command = (
         "pack", "--input", "source/input", "--target", "source/target", "--codec", "webp", "--shard-mb", "0.001",
-        "--jobs", "2", "--out",
     )  # fmt: skip
-    process = start([*RDDM, *command, "data"], cwd=tmp_path)
+    process = start([*RDDM, *command, "--jobs", "1", "--out", "data"], cwd=tmp_path)
     try:
         wait_until(lambda: len(list((tmp_path / "data" / STAGING).glob("shard-*.json"))) >= 2, timeout_s=60)
         process.send_signal(signal.SIGINT)
@@ -76,10 +76,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path: Pa
     assert stopped.stderr == "warning: what is finished of data is kept; the same command goes on from there\n"
     kept = {path.stem for path in (tmp_path / "data" / STAGING).glob("shard-*.json")}
     times = {name: (tmp_path / "data" / STAGING / f"{name}.tar").stat().st_mtime_ns for name in kept}
-    again = rddm(*command, "data", cwd=tmp_path)
+    again = rddm(*command, "--out", "data", cwd=tmp_path)
     assert again.code == 0 and "packed data: 160 pairs in 160 shard(s)" in again.stdout, again.text
     assert {name for name in kept if (tmp_path / "data" / f"{name}.tar").stat().st_mtime_ns == times[name]} == kept
-    reused = rddm(*command, "data", cwd=tmp_path)
+    reused = rddm(*command, "--out", "data", cwd=tmp_path)
     assert reused.code == 0 and "reused data: 160 pairs" in reused.stdout, reused.text
 
 
