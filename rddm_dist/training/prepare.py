@@ -14,8 +14,8 @@ from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
 from data_pipeline.manifest import Manifest
 from data_pipeline.retry import RetryPolicy
 from rddm_dist.config import EXTENDABLE, IDENTITY, Config, differences, load_config, to_yaml
-from rddm_dist.diffusion.sampler import check_sampling
 from rddm_dist.diffusion.selection import check_selection
+from rddm_dist.evaluation.restore import restore_settings
 from rddm_dist.factory import make_sampling_schedule, make_schedule
 from rddm_dist.loading import locate
 from rddm_dist.tracking.store import default_uri
@@ -92,16 +92,7 @@ def check_settings(config: Config, *, world_size: int) -> BatchPlan:
             )
     if config.diffusion.objective == "auto":
         check_selection(make_schedule(config.diffusion))
-    check_sampling(
-        make_sampling_schedule(config),
-        objective=config.diffusion.objective,
-        steps=config.sample.steps,
-        eta=config.sample.eta,
-        update=config.sample.update,
-        process=config.diffusion.process,
-        path=config.sample.path,
-        use=config.sample.use,
-    )
+    restore_settings(config).check(make_sampling_schedule(config))
     return make_plan(
         global_batch=config.train.global_batch, world_size=world_size, micro_batch=config.train.micro_batch
     )
