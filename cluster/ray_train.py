@@ -19,7 +19,7 @@ from cluster.ray_session import ray_session
 from data_pipeline.errors import RddmError, TrainingFault
 from rddm_dist.config import Config, parse_config
 from rddm_dist.tracking.journal import follow_journal
-from rddm_dist.training.prepare import JOURNAL_FILE, run_dir_of
+from rddm_dist.training.folder import JOURNAL_FILE, last_record, run_folder
 from rddm_dist.training.run import TrainResult
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ def train_on_ray(
     `on_event` hears every journal record as it appears. Raises the worker's own error when it is one of ours,
     else a TrainingFault that names the workers that failed.
     """
-    run_dir = run_dir_of(config)
+    folder = run_folder(config)
+    run_dir = folder.work
     with ray_session(cpus=workers):
         trainer = _make_trainer(config, run_dir, workers=workers, gpus_per_worker=gpus_per_worker)
         records = follow_journal(run_dir / JOURNAL_FILE)
@@ -53,9 +54,11 @@ def train_on_ray(
 
         _fit(trainer, drain)
         drain()
+    if not finished and folder.is_remote:
+        finished.update(last_record(folder, "finished"))  # the journal grew on another machine
     if not finished:
         raise TrainingFault(f"the workers ended without finishing; see {run_dir / 'logs'}")
-    return TrainResult(status=finished["status"], step=finished["step"], run_dir=str(run_dir))
+    return TrainResult(status=finished["status"], step=finished["step"], run_dir=folder.home)
 
 
 def _make_trainer(config: Config, run_dir: Path, *, workers: int, gpus_per_worker: int) -> TorchTrainer:

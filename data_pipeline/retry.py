@@ -24,7 +24,13 @@ READ_ADVICE = "check the network and the server, or raise data.read_deadline_s"
 DEFINITIVE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 TRANSIENT_STATUS = (408, 425, 429)
 # S3 reports these with a status that otherwise means that the request is wrong.
-TRANSIENT_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch")
+TRANSIENT_CODES = (
+    "RequestTimeout",
+    "IncompleteBody",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "ConditionalRequestConflict",
+)
 # Failures on the way that are no OSErrors: package -> names of their (base) classes.
 TRANSIENT_TYPES = {
     "aiohttp": {"ClientConnectionError", "ClientPayloadError"},

@@ -26,6 +26,7 @@ SLOW_READ_S = 1.0  # of a range of a local file, which takes microseconds where 
 WRITE_ADVICE = "check the network and the server, then run the command again"
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 READ_ONLY = ("http", "https")
+PRECONDITION_FAILED = 412
 RANGE_NOT_SATISFIABLE = 416
 # A filesystem takes these from the environment when it is made; a change of them makes a new one.
 SETTINGS = ("AWS_", "GOOGLE_", "STORAGE_EMULATOR_HOST", "FSSPEC_")
@@ -212,7 +213,7 @@ def download(
     return written
 
 
-def write_bytes_atomic(uri: str, data: bytes, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+def write_bytes_atomic(uri: str, data: bytes | bytearray, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
     """Write a file so that a reader sees all of it or none."""
     if is_local(uri):
         with _replacing(local_path(uri)) as file:
@@ -226,6 +227,30 @@ def write_bytes_atomic(uri: str, data: bytes, *, retry: RetryPolicy = DEFAULT_RE
         retry=retry.for_bytes(len(data)),
         advice=WRITE_ADVICE,
     )
+
+
+def create(uri: str, data: bytes, *, retry: RetryPolicy = DEFAULT_RETRY) -> bool:
+    """Write a file where there is none, as one atomic step.   -> False: there was one, which stays as it is
+
+    When the answer to a remote request is lost, the next one finds the file that the first made, and knows it by its
+    content: `data` must hold something unique. Raises FileNotFoundError where the local folder is missing, and
+    ConfigError where files cannot be written.
+    """
+    if is_local(uri):
+        return _create_local(local_path(uri), data)
+    _refuse_read_only(uri)
+    if _persist(
+        lambda limit_s: _create_once(uri, data, limit_s),
+        uri,
+        what=f"creating {shown(uri)}",
+        retry=retry.for_bytes(len(data)),
+        advice=WRITE_ADVICE,
+    ):
+        return True
+    try:
+        return read_bytes(uri, retry=retry) == data
+    except FileNotFoundError:  # removed since
+        return False
 
 
 def upload(local: Path, uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
@@ -287,7 +312,7 @@ def _open(path: str) -> BinaryIO:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name `path` when the block ends, and is gone when the block raises."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -297,6 +322,35 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    temporary = _temporary_beside(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return temporary.stat().st_nlink > 1  # made by us: a network filesystem may lose an answer, too
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_once(uri: str, data: bytes, limit_s: float) -> bool:
+    try:
+        _once(uri, "pipe_file", limit_s, data, mode="create")
+    except Exception as error:
+        if isinstance(error, FileExistsError) or http_status(error) == PRECONDITION_FAILED:
+            return False
+        raise
+    return True
 
 
 def _range_once(uri: str, start: int, length: int, limit_s: float) -> bytes:

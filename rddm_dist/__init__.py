@@ -102,7 +102,7 @@ def evaluate(
     settings.check()
     manifest = Manifest.load(data)
     units = plan_units(data, manifest, batch_size=settings.batch_size)
-    rows = [row for unit_rows in run_here(str(loaded.path), data, units, settings) for row in unit_rows]
+    rows = [row for unit_rows in run_here(loaded.path, data, units, settings) for row in unit_rows]
     return build_report(rows, model=loaded, data=data, manifest=manifest, settings=settings)
 
 

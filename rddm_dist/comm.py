@@ -93,6 +93,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def sum_floats(values: Sequence[float]) -> list[float]:
     """Element-wise sum over all workers, in float64. The step's one collective."""
     if _alone():

@@ -23,7 +23,8 @@ from data_pipeline.errors import ConfigError
 
 IDENTITY, EXTENDABLE, EXECUTION = "identity", "extendable", "execution"
 # Identity keys that came after runs had been written, with the value that those runs had without knowing.
-LATER_KEYS = {"diffusion.generate": False, "optim.noise_lr": 0.0}
+LATER_KEYS: dict[str, Any] = {"diffusion.generate": False, "optim.noise_lr": 0.0, "ema.lengths": ()}
+MAX_LENGTH = 12**-0.5  # of a power-function average of exponent 0, which weighs all steps alike
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 PathName = Literal["simultaneous", "residual_first", "noise_first", "two_pass"]
 
@@ -38,7 +39,10 @@ class Section(BaseModel):
 
 class RunSection(Section):
     name: str = _key("", EXECUTION, "Name of the run folder; empty: the config file's name")
-    storage: str = _key("runs", EXECUTION, "Folder that holds the run folders and mlflow.db")
+    storage: str = _key("runs", EXECUTION, "Folder, or s3:// URL, that holds the run folders; a folder also mlflow.db")
+    work_dir: str = _key(
+        "", EXECUTION, "With a URL in run.storage: local folder for journal and logs; empty: the system's temporary one"
+    )
 
 
 class PreprocessSection(Section):
@@ -185,7 +189,13 @@ class TrainSection(Section):
     init_from: str = _key("", EXTENDABLE, "MODEL whose weights a new run starts from; empty: drawn ones")
     log_every: int = _key(10, EXTENDABLE, "Steps between log points", ge=1)
     checkpoint_every: int = _key(1000, EXTENDABLE, "Steps between checkpoints", ge=1)
-    keep_last: int = _key(2, EXTENDABLE, "Checkpoints kept", ge=2)
+    keep_last: int = _key(2, EXTENDABLE, "Newest checkpoints kept", ge=2)
+    keep_every: int = _key(0, EXTENDABLE, "Checkpoints of every so many steps are kept for good; 0: none", ge=0)
+    keep_best: int = _key(0, EXTENDABLE, "Checkpoints kept for the best values of best_metric; 0: none", ge=0)
+    best_metric: Literal["preview/psnr", "train/loss"] = _key("preview/psnr", EXTENDABLE, "What keep_best goes by")
+    max_failed_saves: int = _key(
+        5, EXTENDABLE, "Saves in a row that may fail (disk full, storage away) before the run ends", ge=1
+    )
 
 
 class EmaSection(Section):
@@ -193,6 +203,22 @@ class EmaSection(Section):
     update_every: int = _key(10, IDENTITY, "Optimizer steps between updates", ge=1)
     start_step: int = _key(100, IDENTITY, "Updates up to this step copy the weights", ge=0)
     power: float = _key(2 / 3, IDENTITY, "Exponent of the warm-up 1 - (1 + n)^-power", gt=0)
+    lengths: tuple[Annotated[float, Field(gt=0, lt=MAX_LENGTH)], ...] = _key(
+        (), IDENTITY, "Relative lengths of further, power-function averages, e.g. [0.05, 0.1]"
+    )
+    snapshot_every: int = _key(
+        0, EXTENDABLE, "Steps between snapshots of those, from which averages of other lengths are made; 0: none", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> EmaSection:
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"ema.lengths={list(self.lengths)} names a length twice; give each once")
+        if self.snapshot_every and not self.lengths:
+            raise ValueError(
+                f"ema.snapshot_every={self.snapshot_every} has nothing to keep; set ema.lengths, e.g. [0.05, 0.1]"
+            )
+        return self
 
 
 class SampleScheduleSection(Section):
@@ -351,6 +377,12 @@ class Config(Section):
                 f"optim.decay_steps={self.optim.decay_steps} must exceed optim.warmup_steps="
                 f"{self.optim.warmup_steps} with optim.schedule=cosine; set it to train.steps"
             )
+        has_previews = self.sample.every and not self.diffusion.generate
+        if self.train.keep_best and self.train.best_metric == "preview/psnr" and not has_previews:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} goes by preview/psnr, which this run does not measure; set "
+                "train.best_metric=train/loss" + ("" if self.diffusion.generate else " or sample.every")
+            )
         if self.data.lanes and self.train.global_batch % self.data.lanes:
             raise ValueError(
                 f"data.lanes={self.data.lanes} does not divide train.global_batch={self.train.global_batch}; change one"
@@ -362,18 +394,15 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides (values are YAML), check every key, make paths absolute.
+    """Read a YAML file (a path or a URL), apply `section.key=value` overrides (values are YAML), check every key.
+
+    Paths become absolute.
 
     Raises ConfigError in one line for a missing file, bad YAML, an unknown key (with the nearest known one) or a value
     out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs/train").glob("*.yaml"))
-        hint = f"; known presets: {', '.join(known)}" if known else ""
-        raise ConfigError(f"config {path} does not exist{hint}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(_read_text(str(path))) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -381,7 +410,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         apply_override(values, override)
     config = parse_config(values, source=str(path))
-    run = config.run.model_copy(update={"name": config.run.name or path.stem, "storage": _absolute(config.run.storage)})
+    run = config.run.model_copy(
+        update={
+            "name": config.run.name or Path(path).stem,
+            "storage": _absolute(config.run.storage),
+            "work_dir": _absolute(config.run.work_dir),
+        }
+    )
     data = config.data.model_copy(
         update={
             "uri": _absolute(config.data.uri)
@@ -396,6 +431,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     )
     train = config.train.model_copy(update={"init_from": _absolute(config.train.init_from)})
     return config.model_copy(update={"run": run, "data": data, "train": train})
+
+
+def _read_text(location: str) -> str:
+    """A configuration file: a path, or the config.yaml of a run at a URL."""
+    from data_pipeline import storage  # not needed to describe keys
+
+    if storage.is_local(location) and not storage.local_path(location).is_file():
+        known = sorted(str(p) for p in Path("configs/train").glob("*.yaml"))
+        hint = f"; known presets: {', '.join(known)}" if known else ""
+        raise ConfigError(f"config {location} does not exist{hint}")
+    return storage.read_bytes(location).decode()
 
 
 def _is_vertex(value: Any) -> bool:

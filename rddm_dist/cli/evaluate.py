@@ -82,8 +82,13 @@ def sampler_overrides(given: list[str] | None, *, steps: str, eta: float) -> tup
 
 
 def default_report_dir(model: Model) -> Path:
-    """`<run>/report` for a run, a checkpoint or an export in a run folder, else `report` here."""
-    folder = model.path if model.path.is_dir() else model.path.parent
+    """`<run>/report` for a run, a checkpoint or an export in a local run folder, else `report` here."""
+    from data_pipeline import storage
+
+    if not storage.is_local(model.path):
+        return Path("report")
+    path = Path(model.path)
+    folder = path if path.is_dir() else path.parent
     for candidate in (folder, folder.parent.parent):
         if (candidate / "config.yaml").is_file():
             return candidate / "report"
@@ -126,11 +131,11 @@ def evaluate_model(
 
         say(f"starting Ray and {actors} actor(s)")
         results = run_on_ray(
-            str(model.path), absolute(data), units, settings,
+            model.path, absolute(data), units, settings,
             actors=actors, gpus_per_actor=gpus_per_actor, images_dir=images_dir,
         )  # fmt: skip
     else:
-        results = run_here(str(model.path), data, units, settings, images_dir=images_dir)
+        results = run_here(model.path, data, units, settings, images_dir=images_dir)
     rows: list[dict[str, Any]] = []
     with ProgressBar("evaluate", total) as bar:
         bar.update(0)
@@ -144,7 +149,7 @@ def evaluate_model(
 
 def _command(model: Model, data: str, settings: EvalSettings, *, limit: int) -> str:
     """The command that makes these scores again; what --set gave takes the place of --steps and --eta."""
-    words = ["rddm", "evaluate", str(model.path), "--data", data, "--protocol", settings.protocol]
+    words = ["rddm", "evaluate", model.path, "--data", data, "--protocol", settings.protocol]
     keys = {override.partition("=")[0].strip() for override in settings.overrides}
     for name in ("steps", "eta"):
         if f"sample.{name}" not in keys:

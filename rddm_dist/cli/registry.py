@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,11 +68,13 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run_id(path: Path) -> str | None:
-    """The MLflow run of the run folder that a model lies in."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "mlflow.json").is_file():
-            return str(json.loads((folder / "mlflow.json").read_text())["run_id"])
+def _run_id(path: str) -> str | None:
+    """The MLflow run of the run folder that a model lies in, if it lies in one."""
+    from data_pipeline import storage
+
+    for folder in (path, path.rsplit("/", 1)[0], path.rsplit("/", 2)[0]):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return str(json.loads(storage.read_bytes(storage.join(folder, "mlflow.json")))["run_id"])
     return None
 
 

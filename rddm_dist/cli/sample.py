@@ -76,7 +76,7 @@ def sample(
         from cluster.ray_sample import run_on_ray
 
         say(f"starting Ray and {count} actor(s)")
-        results = run_on_ray(str(loaded.path), batches, wanted, out=out, actors=count, gpus_per_actor=gpus_per_actor)
+        results = run_on_ray(loaded.path, batches, wanted, out=out, actors=count, gpus_per_actor=gpus_per_actor)
     else:
         results = generate.run_here(generator, batches, out=out)
     try:

@@ -22,7 +22,7 @@ def main() -> None:
     from rddm_dist.cli.train import TrainConsole, run_overrides
     from rddm_dist.comm import leave, topology_from_env
     from rddm_dist.config import load_config
-    from rddm_dist.training.prepare import run_dir_of
+    from rddm_dist.training.folder import run_folder
     from rddm_dist.training.run import Hooks, train
     from rddm_dist.training.stopping import clear_request
 
@@ -33,7 +33,7 @@ def main() -> None:
         config = load_config(arguments.config, overrides)
         is_alone = False
         if topology.rank == 0:
-            clear_request(run_dir_of(config))
+            clear_request(run_folder(config))
             with TrainConsole(config) as console:
                 result = train(config, topology, Hooks(on_event=console.on_event))
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
+import threading
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from rddm_dist.cli.progress import ProgressBar, say
 
 if TYPE_CHECKING:
     from rddm_dist.config import Config
+    from rddm_dist.training.folder import RunFolder
     from rddm_dist.training.prepare import Prepared
     from rddm_dist.training.run import TrainResult
 
@@ -28,7 +30,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override keys")] = None,
     workers: Annotated[str, typer.Option(help="Workers: N, or MIN:MAX")] = "1",
     gpus_per_worker: Annotated[int, typer.Option(min=0, help="GPUs of each worker")] = 0,
-    storage: Annotated[str, typer.Option(help="Folder that holds run folders")] = "",
+    storage: Annotated[str, typer.Option(help="Folder, or s3:// URL, that holds run folders")] = "",
     run: Annotated[str, typer.Option(help="Name of the run folder; the same name continues it")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing")] = False,
 ) -> int:
@@ -83,21 +85,21 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
     prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
     finished = completed_step(prepared)
     if finished:
-        say(f"reusing {prepared.run_dir}: complete at step {finished}; raise train.steps to go on")
+        say(f"reusing {prepared.home}: complete at step {finished}; raise train.steps to go on")
         if catch_up(prepared):
             say("sent MLflow what it had missed")
-        return TrainResult("done", finished, str(prepared.run_dir))
+        return TrainResult("done", finished, prepared.home)
     if not gpus_per_worker and torch.cuda.is_available():
         say("training on CPUs although this machine has GPUs; add --gpus-per-worker 1 to use them")
-    say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.run_dir}")
+    say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.home}")
     say(f"starting Ray and {workers} worker(s); logs in {prepared.run_dir / 'logs'}")
     with ray_session(cpus=workers):
         require_resources(cpus=workers, gpus=workers * gpus_per_worker)
         make_run_dir(prepared)
         configure_logging(prepared.run_dir / "logs" / "driver.log")
-        clear_request(prepared.run_dir)
+        clear_request(prepared.folder)
         # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
-        with StopOnSignal(prepared.run_dir), TrainConsole(config) as console:
+        with StopOnSignal(prepared.folder), TrainConsole(config) as console:
             return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
 
 
@@ -105,19 +107,20 @@ def _plan_run(config: Config, *, workers: int, gpus_per_worker: int) -> None:
     """Check a run and print its plan; where its datasets are not there yet, all that does not need them."""
     from rddm_dist.config import to_yaml
     from rddm_dist.training.data import absent_datasets
-    from rddm_dist.training.prepare import check_init, check_settings, run_dir_of
+    from rddm_dist.training.folder import run_folder
+    from rddm_dist.training.prepare import check_init, check_settings
 
     absent = absent_datasets(config)
     if absent:
         plan = check_settings(config, world_size=workers)
         check_init(config)
         _check_machine(config, gpus_per_worker=gpus_per_worker)
-        where = f"{run_dir_of(config)} (not looked at)"
+        where = f"{run_folder(config).home} (not looked at)"
         data = f"NOT THERE YET: {', '.join(absent)}; see rddm pack --help; no dataset of the run was checked"
     else:
         prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
         plan, data = prepared.plan, prepared.data.describe()
-        where = f"{prepared.run_dir} ({'continued' if prepared.is_continued else 'new'})"
+        where = f"{prepared.home} ({'continued' if prepared.is_continued else 'new'})"
     say(to_yaml(config).rstrip())
     say(f"# run folder: {where}")
     say(f"# data: {data}")
@@ -158,6 +161,11 @@ class TrainConsole:
             )
             self._bar = ProgressBar("train", self._steps)
             self._bar.__enter__()
+        elif event == "save_failed":
+            say(
+                f"  step {record['step']}: SAVING FAILED ({record['failures']} in a row, {record['limit']} end the run): "
+                f"{record['reason']}"
+            )
         elif event == "finished":
             if record["status"] == "stopped":
                 say(f"stopped at step {record['step']} ({record['reason']}); the same command continues")
@@ -183,8 +191,8 @@ class TrainConsole:
 class StopOnSignal:
     """SIGTERM, SIGUSR1 or the first Ctrl-C ask the run to save and stop; a second Ctrl-C gives up at once."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir, self._asked = run_dir, False
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._asked = folder, False
 
     def __enter__(self) -> StopOnSignal:
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -192,12 +200,14 @@ class StopOnSignal:
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        from rddm_dist.training.folder import try_sending
         from rddm_dist.training.stopping import request_stop
 
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        request_stop(self._run_dir)
+        # Not here: a URL may take a while to answer, or not answer at all.
+        threading.Thread(target=try_sending, args=("the stop request", partial(request_stop, self._folder))).start()
         say(f"{signal.Signals(number).name}: saving at the next step, then stopping")
 
     def __exit__(

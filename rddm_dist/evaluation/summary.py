@@ -79,7 +79,7 @@ def build_report(
         "protocol": protocol,
         "scores": summarize_rows(scored),
         "model": {
-            "path": str(model.path),
+            "path": model.path,
             "weights_digest": model.digest,
             "config_digest": identity_digest(config),
             **model.extra,

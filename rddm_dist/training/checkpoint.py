@@ -1,48 +1,57 @@
 """Checkpoints: fragments without pickle, committed as a transaction, readable at any world size and ZeRO stage.
 
-Folder `<run>/checkpoints/step-NNNNNNNN/` (`<run>/search/...` while the objective is searched):
+`<run>/checkpoints/step-NNNNNNNN/` (`<run>/search/...` while the objective is searched), in a folder or at a URL:
   rank-NNNNN.safetensors   the pieces one rank holds: tensors "<kind>/<parameter>@<start>", kind weight, ema, exp_avg...
-  rank-NNNNN.json          the list of those pieces: kind, parameter, first element, count
+  rank-NNNNN.json          that the rank has written it: whose attempt it was, bytes and sha256
   COMMIT.json              written last, by rank 0: size and sha256 of every file, and the scalars of the run
-A folder without a valid COMMIT.json does not exist as far as the run is concerned.
+A folder without a valid COMMIT.json does not exist as far as the run is concerned. `<run>/averages/step-NNNNNNNN/` has
+the same form and holds power-function averages alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from data_pipeline import storage
 from data_pipeline.errors import ModelError
+from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import Engine, Piece
+from rddm_dist.training.fragments import Fragments, Key, Request
 from rddm_dist.training.selection import Selection, parse_selection
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, of which some runs are left, listed the pieces in rank-NNNNN.json and knew fewer scalars
 COMMIT = "COMMIT.json"
+CHECKPOINTS, AVERAGES = "checkpoints", "averages"
 WEIGHT, EMA = "weight", "ema"
-FileTable = dict[str, tuple[int, str]]  # name -> (bytes, sha256)
+STEP_NAME = re.compile(r"step-(\d{8,})")
+FileTable = Mapping[str, tuple[int, str]]  # name -> (bytes, sha256)
+
+
+class NewerFormat(ModelError):
+    """A checkpoint of a later version of this package: neither sound nor damaged."""
 
 
 @dataclass(frozen=True)
 class Progress:
     """Everything a run carries besides tensors. `position` counts samples since the run began.
 
-    `selection`: with diffusion.objective=auto how far the search has come, or its outcome; else None.
+    loss_scaler: the state of fp16's dynamic loss scale, {} without it; `selection`: with diffusion.objective=auto how
+    far the search has come, or its outcome; else None.
     """
 
     step: int
@@ -52,251 +61,298 @@ class Progress:
     data_fingerprint: str
     world_size: int
     zero_stage: int
+    loss_scaler: Mapping[str, float] = field(default_factory=dict)
     selection: Selection | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint: its folder, its scalars, parameter shapes, and name -> (size, sha256) of its files."""
+    """A committed checkpoint.
 
-    path: Path
+    uri: its folder; time: of its COMMIT, in seconds since the epoch; shapes: of the parameters; files: name -> (size,
+    sha256).
+    """
+
+    uri: str
+    time: float
     progress: Progress
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     files: FileTable
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
 
-def step_dir(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:08d}"
+    def open(self, *, retry: RetryPolicy = DEFAULT_RETRY) -> Fragments:
+        """The tensors, by ranges."""
+        names = [name for name in self.files if name.endswith(".safetensors")]
+        return Fragments([storage.join(self.uri, name) for name in names], retry=retry)
+
+    def read_full(self, kind: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> dict[str, Tensor]:
+        """Whole tensors of one kind by name, float32. Raises ModelError where some are missing."""
+        full = {name: torch.empty(shape, dtype=torch.float32) for name, shape in self.shapes.items()}
+        with _naming(self.uri):
+            self.open(retry=retry).fill(Request(value.view(-1), kind, name, 0) for name, value in full.items())
+        return full
+
+
+def step_folder(folder: str, step: int) -> str:
+    return storage.join(folder, f"step-{step:08d}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(checkpoints: Path, engine: Engine, ema: Ema, progress: Progress) -> Path:
-    """Write one checkpoint; all ranks call it. Raises EnvironmentFault on every rank when one cannot write."""
-    path = step_dir(checkpoints, progress.step)
-    written: FileTable = {}
-    with comm.together():
-        path.mkdir(parents=True, exist_ok=True)
-        if not engine.is_replicated or comm.rank() == 0:
-            written = _write_rank(path, engine.pieces, ema)
-    tables = comm.gather_object(written)
-    with comm.together():
-        if tables is not None:
-            files = {name: entry for table in tables for name, entry in table.items()}
-            _write_commit(path, progress, engine.shapes, files)
-    return path
-
-
-def _write_rank(path: Path, pieces: Iterable[Piece], ema: Ema) -> FileTable:
-    """Write this rank's pieces and their index.   -> the two files' sizes and digests"""
-    tensors: dict[str, Tensor] = {}
+def sources(pieces: Iterable[Piece], ema: Ema) -> list[tuple[Key, Tensor]]:
+    """What a checkpoint holds of this rank: weights, moments and averages."""
+    found = []
     for piece in pieces:
-        tensors[f"{WEIGHT}/{piece.name}@{piece.start}"] = piece.weight
-        for key, moment in piece.moments.items():
-            tensors[f"{key}/{piece.name}@{piece.start}"] = moment
-    for piece in ema.as_pieces():
-        tensors[f"{EMA}/{piece.name}@{piece.start}"] = piece.weight
-    index = [[*_parse_key(key), value.numel()] for key, value in tensors.items()]
-    name = f"rank-{comm.rank():05d}"
-    payload = save({key: value.contiguous().cpu() for key, value in tensors.items()})
-    return dict(
-        [
-            _write(path / f"{name}.safetensors", payload),
-            _write(path / f"{name}.json", json.dumps({"pieces": index}).encode()),
-        ]
-    )
+        found.append((Key(WEIGHT, piece.name, piece.start), piece.weight))
+        found += [(Key(kind, piece.name, piece.start), moment) for kind, moment in piece.moments.items()]
+    return found + averages(ema, [profile.kind for profile in ema.profiles])
 
 
-def _write_commit(path: Path, progress: Progress, shapes: dict[str, tuple[int, ...]], files: FileTable) -> None:
+def averages(ema: Ema, kinds: Iterable[str]) -> list[tuple[Key, Tensor]]:
+    """This rank's averages of some profiles."""
+    return [(Key(kind, piece.name, piece.start), piece.weight) for kind in kinds for piece in ema.as_pieces(kind)]
+
+
+def write_commit(
+    uri: str,
+    progress: Progress,
+    shapes: Mapping[str, tuple[int, ...]],
+    files: FileTable,
+    *,
+    retry: RetryPolicy = DEFAULT_RETRY,
+) -> Checkpoint:
+    """Make a checkpoint of the files in a folder: COMMIT.json is there whole, or not at all."""
+    checkpoint = Checkpoint(uri, time.time(), progress, shapes, dict(sorted(files.items())))
     body = {
         "format_version": FORMAT_VERSION,
+        "time": checkpoint.time,
         "progress": asdict(progress),
         "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in checkpoint.files.items()},
     }
     body["sha256"] = _body_digest(body)
-    _write(path / COMMIT, json.dumps(body, indent=1).encode())
+    storage.write_bytes_atomic(storage.join(uri, COMMIT), json.dumps(body, indent=1).encode(), retry=retry)
+    return checkpoint
 
 
-def _write(path: Path, payload: bytes) -> tuple[str, tuple[int, str]]:
-    """Write and flush to disk.   -> (file name, (bytes, sha256 of what was meant to be written))"""
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    return path.name, (len(payload), hashlib.sha256(payload).hexdigest())
+def sha256_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _body_digest(body: dict[str, Any]) -> str:
+def remove(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    """Delete a checkpoint, COMMIT.json first, so that a half-deleted one is not taken for one."""
+    storage.remove(storage.join(uri, COMMIT), retry=retry)
+    for name in storage.list_names(uri, retry=retry):
+        storage.remove(storage.join(uri, name), retry=retry)
+    if storage.is_local(uri) and storage.exists(uri):
+        storage.local_path(uri).rmdir()
+
+
+def _body_digest(body: Mapping[str, Any]) -> str:
     text = json.dumps({key: value for key, value in body.items() if key != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _parse_key(key: str) -> tuple[str, str, int]:
-    kind, _, rest = key.partition("/")
-    name, _, start = rest.rpartition("@")
-    return kind, name, int(start)
+    return sha256_of(text.encode())
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def read_commit(path: Path) -> Checkpoint:
-    """Read COMMIT.json without touching the data files. Raises ModelError when it is absent, damaged or newer."""
+def read_commit(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Checkpoint:
+    """Read COMMIT.json without touching the data files.
+
+    Raises ModelError when it is absent or damaged, NewerFormat when this version cannot know what it says.
+    """
+    place = storage.join(uri, COMMIT)
     try:
-        body = json.loads((path / COMMIT).read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} has no {COMMIT}: the checkpoint was never finished") from error
+        body = json.loads(storage.read_bytes(place, retry=retry))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelError(f"{uri} has no {COMMIT}: the checkpoint was never finished") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / COMMIT} cannot be read: {error}") from error
+        raise ModelError(f"{place} cannot be read: {error}") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ModelError(f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}; upgrade")
+        raise NewerFormat(
+            f"{uri} has checkpoint format {version}, this version of rddm-dist reads up to {FORMAT_VERSION}; upgrade it"
+        )
     if not isinstance(body, dict) or body.get("sha256") != _body_digest(body):
-        raise ModelError(f"{path / COMMIT} is damaged: its own sha256 does not match")
+        raise ModelError(f"{place} is damaged: its own sha256 does not match")
     return Checkpoint(
-        path=path,
+        uri=uri,
+        time=float(body.get("time", 0.0)),
         progress=_parse_progress(body["progress"]),
         shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
         files={name: (entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()},
     )
 
 
-def _parse_progress(values: dict[str, Any]) -> Progress:
+def _parse_progress(values: Mapping[str, Any]) -> Progress:
     # Checkpoints of earlier versions say nothing of a selection.
     selection = values.get("selection")
     return Progress(**{**values, "selection": None if selection is None else parse_selection(selection)})
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with its committed size and sha256. Raises ModelError naming the first that differs."""
-    for name, (size, digest) in checkpoint.files.items():
-        path = checkpoint.path / name
-        if not path.is_file():
-            raise ModelError(f"checkpoint {checkpoint.path} is damaged: {name} is missing")
-        if path.stat().st_size != size:
-            raise ModelError(
-                f"checkpoint {checkpoint.path} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
-            )
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ModelError(f"checkpoint {checkpoint.path} is damaged: the sha256 of {name} does not match")
+def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1), retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    """Compare files with their committed size and sha256. Raises ModelError naming the first that differs.
+
+    share: (i, n) looks at the i-th of n parts of the files.
+    """
+    for name, (size, digest) in list(checkpoint.files.items())[share[0] :: share[1]]:
+        uri = storage.join(checkpoint.uri, name)
+        told = f"checkpoint {checkpoint.uri} is damaged: "
+        try:
+            found = storage.size(uri, retry=retry)
+            if found != size:
+                raise ModelError(f"{told}{name} has {found} bytes instead of {size}")
+            sha256 = hashlib.sha256()
+            for chunk in storage.read_chunks(uri, retry=retry):
+                sha256.update(chunk)
+        except FileNotFoundError as error:
+            raise ModelError(f"{told}{name} is missing") from error
+        except OSError as error:
+            raise ModelError(f"{told}{name} cannot be read ({error.strerror or error})") from error
+        if sha256.hexdigest() != digest:
+            raise ModelError(f"{told}the sha256 of {name} does not match")
 
 
-def list_steps(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders, committed or not, newest step first."""
-    return sorted((p for p in checkpoints.glob("step-*") if p.is_dir()), reverse=True)
+def list_steps(folder: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[int]:
+    """Steps with a folder, committed or not, newest first."""
+    found = (STEP_NAME.fullmatch(name) for name in storage.list_names(folder, retry=retry))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def find_newest(checkpoints: Path, *, skipped: list[str] | None = None) -> Checkpoint | None:
+def is_committed(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> bool:
+    """Whether there is a COMMIT.json, valid or not."""
+    return storage.exists(storage.join(uri, COMMIT), retry=retry)
+
+
+def iter_committed(
+    folder: str, on_damaged: Callable[[str], None], *, retry: RetryPolicy = DEFAULT_RETRY
+) -> Iterator[Checkpoint]:
+    """Committed checkpoints, newest first, their files not yet looked at; what is wrong with a COMMIT.json is told."""
+    for step in list_steps(folder, retry=retry):
+        uri = step_folder(folder, step)
+        if not is_committed(uri, retry=retry):
+            continue
+        try:
+            checkpoint = read_commit(uri, retry=retry)
+        except NewerFormat:
+            raise
+        except ModelError as error:
+            on_damaged(str(error))
+            continue
+        if checkpoint.progress.step != step:
+            on_damaged(f"{uri} holds the checkpoint of step {checkpoint.progress.step}")
+            continue
+        yield checkpoint
+
+
+def find_newest(
+    folder: str, *, skipped: list[str] | None = None, retry: RetryPolicy = DEFAULT_RETRY
+) -> Checkpoint | None:
     """The newest checkpoint that verifies; damaged ones are skipped loudly, and told in `skipped`. None: there is none.
 
     Raises ModelError when committed checkpoints exist but none is sound: starting over in silence is not an option.
+    NewerFormat where one is of a later version.
     """
-    damaged = []
-    for path in list_steps(checkpoints):
-        if not (path / COMMIT).exists():
-            continue
+    damaged: list[str] = []
+    on_damaged = skipping(damaged)
+    for checkpoint in iter_committed(folder, on_damaged, retry=retry):
         try:
-            checkpoint = read_commit(path)
-            verify(checkpoint)
+            verify(checkpoint, retry=retry)
         except ModelError as error:
-            log.warning("SKIPPING a damaged checkpoint: %s", error)
-            damaged.append(str(error))
+            on_damaged(str(error))
             continue
         if skipped is not None:
             skipped.extend(damaged)
         return checkpoint
     if damaged:
-        raise ModelError(
-            f"no sound checkpoint in {checkpoints}; newest: {damaged[0]}; move the run folder away to start over"
-        )
+        raise none_sound(folder, damaged)
     return None
 
 
-def sweep(checkpoints: Path, *, newest: int, keep_last: int) -> None:
-    """Delete unfinished folders, those newer than step `newest` (the last one known to be sound) and all but the
-    `keep_last` before it. Rank 0 only; what cannot be deleted stays, with a warning."""
-    kept = 0
-    for path in list_steps(checkpoints):
-        is_committed = (path / COMMIT).exists()
-        if is_committed and path.name <= step_dir(checkpoints, newest).name and kept < keep_last:
-            kept += 1
-            continue
-        try:
-            # COMMIT first, so that a half-deleted folder is not taken for a checkpoint.
-            (path / COMMIT).unlink(missing_ok=True)
-            shutil.rmtree(path)
-        except OSError as error:
-            log.warning("cannot delete %s: %s", path, error)
+def find_newest_together(folder: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> tuple[Checkpoint | None, list[str]]:
+    """`find_newest` by all workers, who share the reading; with what was skipped. All ranks call it."""
+    damaged: list[str] = []
+    on_damaged = skipping(damaged)
+    with comm.together():
+        candidates = iter_committed(folder, on_damaged, retry=retry) if comm.rank() == 0 else iter(())
+    while True:
+        checkpoint = None
+        with comm.together():
+            checkpoint = next(candidates, None)
+        checkpoint = comm.broadcast_object(checkpoint)
+        if checkpoint is None:
+            break
+        problem = ""
+        with comm.together():
+            try:
+                verify(checkpoint, share=(comm.rank(), comm.world_size()), retry=retry)
+            except ModelError as error:
+                problem = str(error)
+        problems = comm.gather_object(problem)
+        problem = comm.broadcast_object(next(filter(None, problems or []), ""))
+        if not problem:
+            return checkpoint, comm.broadcast_object(damaged)
+        on_damaged(problem)
+    damaged = comm.broadcast_object(damaged)
+    if damaged:
+        error = none_sound(folder, damaged)
+        error.is_shared = True
+        raise error
+    return None, []
+
+
+def skipping(damaged: list[str]) -> Callable[[str], None]:
+    """Tell the log, and collect in `damaged`, what is passed over."""
+
+    def skip(problem: str) -> None:
+        log.warning("SKIPPING a damaged checkpoint: %s", problem)
+        damaged.append(problem)
+
+    return skip
+
+
+def none_sound(folder: str, damaged: list[str]) -> ModelError:
+    return ModelError(f"no sound checkpoint in {folder}; newest: {damaged[0]}; move the run folder away to start over")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class Reader:
-    """Reads ranges of parameters from the rank files of a verified checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        names = [name for name in checkpoint.files if name.endswith(".safetensors")]
-        for name in names:
-            index = json.loads((checkpoint.path / name).with_suffix(".json").read_text())
-            for kind, parameter, start, numel in index["pieces"]:
-                self._where.setdefault((kind, parameter), []).append((start, numel, name))
-        self._handles = {name: safe_open(checkpoint.path / name, framework="pt", device="cpu") for name in names}
-
-    def read_into(self, target: Tensor, kind: str, parameter: str, start: int) -> None:
-        """Fill `target` (numel,) with elements [start, start + numel) of a flattened parameter's `kind`."""
-        end = start + target.numel()
-        filled = 0
-        for piece_start, numel, name in self._where.get((kind, parameter), ()):
-            low, high = max(start, piece_start), min(end, piece_start + numel)
-            if low >= high:
-                continue
-            stored = self._handles[name].get_slice(f"{kind}/{parameter}@{piece_start}")
-            target[low - start : high - start].copy_(stored[low - piece_start : high - piece_start])
-            filled += high - low
-        if filled != target.numel():
-            raise ModelError(
-                f"checkpoint {self.checkpoint.path} holds {filled} of {target.numel()} elements of {kind} {parameter}"
-            )
-
-    def read_full(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every parameter."""
-        for name, shape in self.checkpoint.shapes.items():
-            flat = torch.empty(int(torch.Size(shape).numel()), dtype=torch.float32)
-            self.read_into(flat, kind, name, 0)
-            yield name, flat.view(shape)
+@contextlib.contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Name the checkpoint in what is said about its tensors."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"checkpoint {uri}: {error}") from error
 
 
-def load_checkpoint(checkpoint: Checkpoint, engine: Engine, ema: Ema) -> None:
+def load_checkpoint(checkpoint: Checkpoint, engine: Engine, ema: Ema, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
     """Fill the engine's pieces and the averages from a verified checkpoint of any world size and stage.
 
     All ranks call it, and fail together.
     """
     with comm.together():
-        _read_state(checkpoint, engine, ema)
+        _read_state(checkpoint, engine, ema, retry)
     engine.publish_weights()
 
 
-def _read_state(checkpoint: Checkpoint, engine: Engine, ema: Ema) -> None:
+def _read_state(checkpoint: Checkpoint, engine: Engine, ema: Ema, retry: RetryPolicy) -> None:
     if checkpoint.shapes != engine.shapes:
-        raise ModelError(f"checkpoint {checkpoint.path} belongs to a network with other parameters")
-    reader = Reader(checkpoint)
-    with torch.no_grad():
-        for piece in engine.pieces:
-            reader.read_into(piece.weight, WEIGHT, piece.name, piece.start)
-            for key, moment in piece.moments.items():
-                reader.read_into(moment, key, piece.name, piece.start)
-        for average in ema.as_pieces():
-            reader.read_into(average.weight, EMA, average.name, average.start)
+        raise ModelError(f"checkpoint {checkpoint.uri} belongs to a network with other parameters")
+    with _naming(checkpoint.uri), torch.no_grad():
+        checkpoint.open(retry=retry).fill(
+            Request(tensor, key.kind, key.parameter, key.start) for key, tensor in sources(engine.pieces, ema)
+        )
     engine.optimizer_step = checkpoint.progress.optimizer_step
+    engine.loss_scaler = dict(checkpoint.progress.loss_scaler)
 
 
-def gather_full(pieces: Iterable[Piece], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+def gather_full(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Assemble whole fp32 tensors on rank 0 from every rank's pieces; None elsewhere. All ranks call it."""
     mine = [(piece.name, piece.start, piece.weight.cpu()) for piece in pieces]
     parts = comm.gather_object(mine)

@@ -10,6 +10,7 @@ checkpoints know only pieces, so they are the same for every stage. Where they c
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import io
 import logging
@@ -35,9 +36,63 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 NOISE_NET = "unet1."
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DERIVED_KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization.stage", "optimizer", "scheduler", "bf16", "fp16", "elasticity", "checkpoint",
+MAX_BUCKET = 500_000_000
+ZERO = "zero_optimization"
+# What decides the next loss scales of DeepSpeed's dynamic scaler, besides its configuration.
+SCALER_STATE: dict[str, type] = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
+# engine.deepspeed.zero_optimization: how data moves, never what a step computes or where its state lives.
+SWITCHES = (
+    "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "overlap_comm",
+    "ignore_unused_parameters", "memory_efficient_linear", "log_trace_cache_warnings", "enable_sanity_checks",
+    "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+)  # fmt: skip
+COUNTS = {  # each with its least value
+    "reduce_bucket_size": 1, "allgather_bucket_size": 1, "sub_group_size": 1, "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+}  # fmt: skip
+# Keys of DeepSpeed that follow from ours -> which of ours to set.
+DERIVED_KEYS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "fp16": "engine.precision",
+    "data_types": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
+    "compile": "engine.compile",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "checkpoint": "train.checkpoint_every",
+    "steps_per_print": "train.log_every",
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "tracking.backend"),
+    f"{ZERO}.stage": "engine.zero_stage",
+    f"{ZERO}.offload_optimizer": "engine.offload_optimizer",
+    f"{ZERO}.cpu_offload": "engine.offload_optimizer",
+}
+# The others that DeepSpeed knows: they change what a step computes, where its state lives, or write past our logs.
+CLOSED_KEYS = (
+    "aio", "autotuning", "comms_logger", "communication_data_type", "compression_training",
+    "curriculum_learning", "data_efficiency", "dataloader_drop_last", "datastates_ckpt", "disable_allgather",
+    "disable_python_gc", "dump_state", "eigenvalue", "elasticity", "expert_parallel", "flops_profiler",
+    "gradient_allreduce_op", "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "log_level",
+    "managed_gradient_accumulation", "memory_breakdown", "nebula", "pipeline", "prescale_gradients",
+    "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type", "sequence_parallel_size",
+    "sparse_attention", "sparse_gradients", "tensor_parallel", "timers", "use_data_before_expert_parallelism",
+    "vocabulary_size", "wall_clock_breakdown", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+CLOSED_ZERO_KEYS = (
+    "allgather_partitions", "compute_grad_norm", "cpu_offload_param", "cpu_offload_use_pin_memory",
+    "elastic_checkpoint", "leaf_module", "legacy_stage1", "load_from_fp32_weights", "mics_hierarchical_params_gather",
+    "mics_shard_size", "offload_param", "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "zenflow", "zero_hpz_partition_size",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights", "zeropp_loco_param",
 )  # fmt: skip
 
 
@@ -55,23 +110,30 @@ class Piece:
         return self.weight.numel()
 
 
-def deepspeed_config(engine: EngineSection, optim: OptimSection, plan: BatchPlan) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from ours, with what `engine.deepspeed` adds to it."""
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": False}
+def deepspeed_config(
+    engine: EngineSection, optim: OptimSection, plan: BatchPlan, *, parameters: int = MAX_BUCKET
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from ours, with what `engine.deepspeed` adds to it.   parameters: of the network"""
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": False,
+        # Gradients are reduced in a buffer of this many elements, which stage 3 keeps; DeepSpeed's default is 2 GB.
+        "reduce_bucket_size": min(parameters, MAX_BUCKET),
+    }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if engine.zero_stage == 3:
         # Small parameters stay partitioned, so that every rank holds its part of every parameter.
         zero["stage3_param_persistence_threshold"] = 0
     extra = dict(engine.deepspeed)
-    zero.update(extra.pop("zero_optimization", {}))
+    zero.update(extra.pop(ZERO, {}))
     config: dict[str, Any] = {
         "train_batch_size": plan.rows_per_rank * plan.world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         # Plain torch optimizer at stage 0: we clip there ourselves and so learn the norm.
         "gradient_clipping": optim.clip_norm if engine.zero_stage else 0.0,
-        "zero_optimization": zero,
+        ZERO: zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
@@ -110,7 +172,8 @@ class Engine:
         optimizer = OPTIMIZERS[optim.name](
             groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
-        config = deepspeed_config(engine, optim, plan)
+        parameters = sum(p.numel() for p in net.parameters())
+        config = deepspeed_config(engine, optim, plan, parameters=parameters)
         chatter = io.StringIO()
         with contextlib.redirect_stdout(chatter):
             self.net, self._optimizer, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
@@ -162,6 +225,24 @@ class Engine:
         if self.stage == 0:
             return self._grad_norm
         return float(self.net.get_global_grad_norm() or 0.0)
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's loss scaler, None where there is none: stage 0, and bf16 at stage 1."""
+        return getattr(self._optimizer, "loss_scaler", None)
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """State of the dynamic loss scale, the same on every rank; {} but for fp16. Set it to go on from there."""
+        return read_loss_scaler(self._scaler)
+
+    @loss_scaler.setter
+    def loss_scaler(self, state: dict[str, float]) -> None:
+        write_loss_scaler(self._scaler, state)
+
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before backward; 1 but for fp16."""
+        return float(self._scaler.cur_scale) if self._scaler else 1.0
 
     # -- state as pieces ---------------------------------------------------------------------------------------------
 
@@ -288,14 +369,7 @@ def parameter_groups(net: nn.Module, optim: OptimSection) -> tuple[list[dict[str
 
 def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:
     """Refuse what cannot work, before anything is allocated."""
-    if not isinstance(engine.deepspeed.get("zero_optimization", {}), dict):
-        raise ConfigError("engine.deepspeed.zero_optimization must be a mapping, for example {overlap_comm: true}")
-    for key in DERIVED_KEYS:
-        node: Any = engine.deepspeed
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if node is not None:
-            raise ConfigError(f"engine.deepspeed.{key} is derived from the other sections; remove it")
+    check_further_keys(engine.deepspeed)
     if engine.precision == "fp16" and not on_gpu:
         raise ConfigError("engine.precision=fp16 needs a GPU; use fp32 or bf16 here")
     if engine.precision != "fp32" and engine.zero_stage == 0:
@@ -305,6 +379,46 @@ def check_engine(engine: EngineSection, *, on_gpu: bool) -> None:
         )
     if engine.offload_optimizer and engine.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3")
+
+
+def check_further_keys(further: dict[str, Any]) -> None:
+    """Refuse what `engine.deepspeed` may not hold: of DeepSpeed's keys all but SWITCHES and COUNTS, and unknown ones.
+
+    DeepSpeed itself ignores unknown keys, or stops on them only after the network was built.
+    """
+    zero = further.get(ZERO, {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"engine.deepspeed.{ZERO} must be a mapping, for example {{overlap_comm: true}}")
+    known = [*DERIVED_KEYS, *CLOSED_KEYS, *(f"{ZERO}.{key}" for key in (*SWITCHES, *COUNTS, *CLOSED_ZERO_KEYS))]
+    given = {key: value for key, value in further.items() if key != ZERO}
+    for key, value in {**given, **{f"{ZERO}.{key}": value for key, value in zero.items()}}.items():
+        name, sub_key = f"engine.deepspeed.{key}", key.removeprefix(f"{ZERO}.")
+        if key in DERIVED_KEYS:
+            raise ConfigError(f"{name} is derived; remove it and set {DERIVED_KEYS[key]}")
+        if key not in known:
+            nearest = difflib.get_close_matches(key, [*known, ZERO], n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{name} is no key of DeepSpeed; the nearest is {nearest}")
+        if key in CLOSED_KEYS or sub_key in CLOSED_ZERO_KEYS:
+            allowed = ", ".join((*SWITCHES, *COUNTS))
+            raise ConfigError(f"{name} is not supported; remove it (under {ZERO} these are: {allowed})")
+        if sub_key in SWITCHES and not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} must be true or false")
+        if sub_key in COUNTS and (type(value) is not int or value < COUNTS[sub_key]):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least {COUNTS[sub_key]}")
+
+
+def read_loss_scaler(scaler: Any) -> dict[str, float]:
+    """What decides the future of a loss scaler of DeepSpeed's; {} for None and for one whose scale is fixed."""
+    if scaler is None or not scaler.dynamic:
+        return {}
+    return {key: float(getattr(scaler, key)) for key in SCALER_STATE}
+
+
+def write_loss_scaler(scaler: Any, state: dict[str, float]) -> None:
+    """Go on as the scaler that `state` was read from. Nothing is done where either of them has no state."""
+    if state and read_loss_scaler(scaler):
+        for key, kind in SCALER_STATE.items():
+            setattr(scaler, key, kind(state[key]))
 
 
 def build_operators() -> None:

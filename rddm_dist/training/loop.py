@@ -13,8 +13,9 @@ from typing import Any
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError, TrainingFault
 from rddm_dist.config import Config
+from rddm_dist.training.keeper import Keeper
 from rddm_dist.training.quarantine import Quarantine
-from rddm_dist.training.step import StepResult, learning_rate
+from rddm_dist.training.step import StepResult, Word, learning_rate
 from rddm_dist.training.stopping import StopFlag
 
 
@@ -68,14 +69,14 @@ class Meter:
 class Actions:
     """What a phase of a run does in the loop. Every worker calls each at the same step.
 
-    take_step(batch, learning rate, whether this worker wants to stop); grad_norm() of the last step; log(step,
-    metrics); save(step); preview(step) -> metrics, None where there are no previews.
+    take_step(batch, learning rate, what this worker has to say); measures() of the last step, by name; log(step,
+    metrics); keeper saves; preview(step) -> metrics, None where there are no previews.
     """
 
-    take_step: Callable[[Batch, float, bool], StepResult]
-    grad_norm: Callable[[], float]
+    take_step: Callable[[Batch, float, Word], StepResult]
+    measures: Callable[[], dict[str, float]]
     log: Callable[[int, dict[str, Any]], None]
-    save: Callable[[int], None]
+    keeper: Keeper
     preview: Callable[[int], dict[str, float]] | None = None
 
 
@@ -90,17 +91,19 @@ def run_loop(
 ) -> tuple[int, bool]:
     """Step until `train.steps`, a stop request or the end of a search.   -> (last step, whether the phase is complete)
 
-    Raises TrainingFault on a non-finite loss, on every worker, before the weights are touched, and DataError, after
-    saving, where more samples are bad than data.bad_sample_budget allows.
+    What was saved is complete when it returns. Raises TrainingFault on a non-finite loss, on every worker, before the
+    weights are touched; DataError, after saving, where more samples are bad than data.bad_sample_budget allows;
+    EnvironmentFault where too many saves in a row have failed.
     """
-    train, meter, stream = config.train, Meter(), iter(batches)
+    train, meter, stream, keeper = config.train, Meter(), iter(batches), actions.keeper
     if quarantine.excess:
         raise _too_many(quarantine)
     while True:
         batch = meter.wait_for(stream)
         step = batch.step + 1
         lr = learning_rate(step, config.optim)
-        result = actions.take_step(batch, lr, bool(stop.reason))
+        result = actions.take_step(batch, lr, keeper.word(wants_stop=bool(stop.reason)))
+        keeper.settle(result)
         if not result.is_finite:
             first = batch.step * train.global_batch
             raise TrainingFault(
@@ -111,21 +114,24 @@ def run_loop(
         if result.has_bad_samples:
             quarantine.record(step, batch.replaced)
             if quarantine.excess:
-                actions.save(step)
+                keeper.save_last(step)
                 raise _too_many(quarantine)
         if result.is_decided:
+            keeper.finish()
             actions.log(step, meter.read(names))
             return step, True
         is_last = step >= train.steps
         is_end = is_last or result.must_stop
         if is_end or step % train.log_every == 0:
-            metrics = {**meter.read(names), f"{names.step}/lr": lr, f"{names.step}/grad_norm": actions.grad_norm()}
+            metrics = {**meter.read(names), f"{names.step}/lr": lr}
+            metrics |= {f"{names.step}/{name}": value for name, value in actions.measures().items()}
             if config.optim.noise_lr:
                 metrics[f"{names.step}/noise_lr"] = lr * config.optim.noise_lr / config.optim.lr
             actions.log(step, {**metrics, f"{names.data}/bad_samples": quarantine.count})
-        if is_end or step % train.checkpoint_every == 0:
-            actions.save(step)
-            meter.restart_clock()
+        if is_end:
+            keeper.save_last(step)
+        else:
+            keeper.save(step)
         # After the save, and not when someone waits for the machine.
         is_due = config.sample.every and (is_last or step % config.sample.every == 0)
         if actions.preview is not None and is_due and not result.must_stop:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
 from data_pipeline.manifest import Manifest
 from data_pipeline.retry import RetryPolicy
@@ -20,14 +20,23 @@ from rddm_dist.factory import make_sampling_schedule, make_schedule
 from rddm_dist.loading import locate
 from rddm_dist.tracking.store import default_uri
 from rddm_dist.training.data import TrainData, find_data
+from rddm_dist.training.folder import (
+    CONFIG_FILE,
+    IDENTITY_FILE,
+    JOURNAL_FILE,
+    SEGMENTS,
+    TRACKER_FILE,
+    RunFolder,
+    run_folder,
+)
+from rddm_dist.training.ownership import OWNER_PATTERN
 from rddm_dist.training.plan import BatchPlan, make_plan
 from rddm_dist.training.stopping import REQUEST_FILE
 
-CONFIG_FILE, IDENTITY_FILE, JOURNAL_FILE = "config.yaml", "identity.json", "metrics.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
 INIT_WEIGHTS = "init_weights"  # key of identity.json
 # What a start that came to nothing may leave in a run folder.
-LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, "mlflow.json"}
+LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, SEGMENTS, TRACKER_FILE}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Prepared:
     """
 
     config: Config
-    run_dir: Path
+    folder: RunFolder
     data: TrainData
     plan: BatchPlan
     is_continued: bool
@@ -47,17 +56,18 @@ class Prepared:
     init_weights: str = ""
 
     @property
+    def run_dir(self) -> Path:
+        """Where this machine writes: the run folder itself, or the work folder of one at a URL."""
+        return self.folder.work
+
+    @property
+    def home(self) -> str:
+        """The run folder: an absolute path or a URL."""
+        return self.folder.home
+
+    @property
     def data_fingerprint(self) -> str:
         return self.data.fingerprint
-
-
-def run_dir_of(config: Config) -> Path:
-    if "://" in config.run.storage:
-        raise ConfigError(
-            f"run.storage={config.run.storage}: run folders on object storage are not supported yet; give a folder "
-            "that all workers can reach"
-        )
-    return Path(config.run.storage).resolve() / config.run.name
 
 
 def prepare(config: Config, *, world_size: int) -> Prepared:
@@ -71,15 +81,44 @@ def prepare(config: Config, *, world_size: int) -> Prepared:
     if config.data.eval_uri:
         retry = RetryPolicy(deadline_s=config.data.read_deadline_s)
         _check_preview(config, data, Manifest.load(config.data.eval_uri, retry=retry))
-    run_dir = run_dir_of(config)
-    is_continued = (run_dir / CONFIG_FILE).exists()
-    prepared = Prepared(config, run_dir, data, plan, is_continued)
+    check_tracking(config)
+    folder = run_folder(config)
+    is_continued = folder.exists(CONFIG_FILE)
+    prepared = Prepared(config, folder, data, plan, is_continued)
     if is_continued:
         return _check_continuation(prepared)
-    if run_dir.is_dir() and any(p for p in run_dir.iterdir() if p.name not in LEFTOVERS and p.name[0] != "."):
-        raise ConfigError(f"{run_dir} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name")
+    check_free(folder)
     check_init(config)
     return prepared
+
+
+def look_again(prepared: Prepared) -> Prepared:
+    """The run once this process owns its folder, where another may have been at work since `prepare`."""
+    prepared = replace(prepared, is_continued=prepared.folder.exists(CONFIG_FILE))
+    return _check_continuation(prepared) if prepared.is_continued else prepared
+
+
+def check_free(folder: RunFolder) -> None:
+    """Raise ConfigError where something else than a run is in the place of a new one."""
+    try:
+        names = storage.list_names(folder.home)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"run.storage: {folder.home} cannot be used ({error.strerror or error}); choose another --storage"
+        ) from error
+    if any(name for name in names if name not in LEFTOVERS and name[0] != "." and not OWNER_PATTERN.fullmatch(name)):
+        raise ConfigError(
+            f"{folder.home} exists but holds no {CONFIG_FILE}, so it is not a run; choose another run.name"
+        )
+
+
+def check_tracking(config: Config) -> None:
+    """MLflow's default store is a file beside the run folders, which needs a folder."""
+    if config.tracking.backend == "mlflow" and not config.tracking.uri and not storage.is_local(config.run.storage):
+        raise ConfigError(
+            f"run.storage={config.run.storage} cannot hold MLflow's default store; set tracking.uri to a server, or "
+            "tracking.backend=none"
+        )
 
 
 def check_settings(config: Config, *, world_size: int) -> BatchPlan:
@@ -147,6 +186,11 @@ def naming_init_from() -> Iterator[None]:
 
 def registry_of(config: Config) -> str:
     """The tracking URI that models:/ names of a run's configuration are looked up at."""
+    if not config.tracking.uri and not storage.is_local(config.run.storage):
+        raise ConfigError(
+            f"models:/ names are looked up at an MLflow server, and run.storage={config.run.storage} holds none; set "
+            "tracking.uri"
+        )
     return config.tracking.uri or default_uri(config.run.storage)
 
 
@@ -155,15 +199,15 @@ def _check_continuation(prepared: Prepared) -> Prepared:
 
     ->  the run with those that did, and with the weights it was started from
     """
-    run_dir, config = prepared.run_dir, prepared.config
-    earlier = load_config(run_dir / CONFIG_FILE)
+    run_dir, config = prepared.home, prepared.config
+    earlier = load_config(prepared.folder.uri(CONFIG_FILE))
     changed = differences(earlier, config, IDENTITY)
     if changed:
         raise ConfigError(
             f"{run_dir} was started with other settings ({'; '.join(changed)}); give those back or choose another "
             "run.name"
         )
-    identity = json.loads((run_dir / IDENTITY_FILE).read_text())
+    identity = _read_identity(prepared.folder)
     fingerprint = identity["data_fingerprint"]
     if fingerprint != prepared.data_fingerprint:
         raise ConfigError(
@@ -183,7 +227,19 @@ def _check_continuation(prepared: Prepared) -> Prepared:
     )
 
 
-def _check_same_beginning(run_dir: Path, earlier: str, now: str) -> None:
+def _read_identity(folder: RunFolder) -> dict[str, Any]:
+    content = folder.read(IDENTITY_FILE)
+    try:
+        if content is None:
+            raise ValueError("it is missing")
+        return dict(json.loads(content))
+    except ValueError as error:
+        raise ModelError(
+            f"{folder.uri(IDENTITY_FILE)} is damaged ({error}); give the file back, or choose another run.name"
+        ) from error
+
+
+def _check_same_beginning(run_dir: str, earlier: str, now: str) -> None:
     """A run keeps what it was started from, a model or drawn weights; where the model lies may change."""
     if earlier and not now:
         raise ConfigError(
@@ -197,12 +253,15 @@ def _check_same_beginning(run_dir: Path, earlier: str, now: str) -> None:
 
 
 def make_run_dir(prepared: Prepared) -> None:
-    """Create the run folder, or find out that it cannot be written."""
+    """Create the folder that this machine writes to, or find out that it cannot be written."""
     try:
         prepared.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        key = "run.work_dir" if prepared.folder.is_remote else "run.storage"
+        given = prepared.run_dir.parent if prepared.folder.is_remote else prepared.config.run.storage
         raise EnvironmentFault(
-            f"run.storage={prepared.config.run.storage} cannot be written ({error.strerror}); choose another --storage"
+            f"{key}={given} cannot be written ({error.strerror}); choose another "
+            + ("one" if prepared.folder.is_remote else "--storage")
         ) from error
 
 
@@ -214,7 +273,8 @@ def write_identity(prepared: Prepared) -> None:
     }
     if prepared.init_weights:
         identity[INIT_WEIGHTS] = prepared.init_weights
-    for name, text in ((IDENTITY_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, to_yaml(prepared.config))):
-        temporary = prepared.run_dir / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, prepared.run_dir / name)
+    text = to_yaml(prepared.config)
+    prepared.folder.write(IDENTITY_FILE, json.dumps(identity, indent=1).encode())
+    prepared.folder.write(CONFIG_FILE, text.encode())
+    if prepared.folder.is_remote:
+        (prepared.run_dir / CONFIG_FILE).write_text(text)  # for MLflow, and for whoever looks into the work folder

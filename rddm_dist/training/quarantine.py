@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from data_pipeline.batch import Replaced
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.reader import Dataset
 from data_pipeline.retry import RetryPolicy
 from rddm_dist import comm
+from rddm_dist.training.folder import RunFolder
 from rddm_dist.training.prepare import QUARANTINE_FILE, Prepared
 
 LISTED = 10
@@ -45,13 +44,13 @@ class Quarantine:
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        self._path = prepared.run_dir / QUARANTINE_FILE
+        self._folder, self._path = prepared.folder, prepared.folder.uri(QUARANTINE_FILE)
         self._data, self._budget = prepared.data, prepared.config.data.bad_sample_budget
         self._retry = RetryPolicy(deadline_s=prepared.config.data.read_deadline_s)
         self._known: dict[tuple[str, str], _Row] = {}
         with comm.together():
             if comm.rank() == 0:
-                self._known = _read(self._path)
+                self._known = _read(self._folder)
                 if self._is_over_budget():
                     self._release_mended()
         self._share()
@@ -72,7 +71,7 @@ class Quarantine:
         return len(self._known) > self._budget * self._data.num_samples
 
     def _append(self, step: int, found: Sequence[Replaced]) -> None:
-        lines = []
+        before = len(self._known)
         for bad in found:
             row = _Row(
                 fingerprint=self._data.manifests[bad.dataset].fingerprint,
@@ -84,15 +83,13 @@ class Quarantine:
                 step=step,
                 position=bad.position,
             )
-            if row.sample not in self._known:
-                self._known[row.sample] = row
-                lines.append(json.dumps(asdict(row)) + "\n")
-        if not lines:
-            return
-        with open(self._path, "a") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+            self._known.setdefault(row.sample, row)
+        if len(self._known) > before:
+            self._write()
+
+    def _write(self) -> None:
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._known.values())
+        self._folder.write(QUARANTINE_FILE, lines.encode())
 
     def _release_mended(self) -> None:
         """Forget what can be read again: someone has mended the data."""
@@ -106,9 +103,7 @@ class Quarantine:
             except BadSample:
                 continue
             del self._known[row.sample]
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in self._known.values()))
-        os.replace(temporary, self._path)
+        self._write()
 
     def _describe_excess(self) -> str:
         listed = "; ".join(row.reason for row in list(self._known.values())[:LISTED])
@@ -119,16 +114,14 @@ class Quarantine:
         )
 
 
-def _read(path: Path) -> dict[tuple[str, str], _Row]:
-    """What is written down, by sample; a last line that was cut short is taken off. DataError for a damaged file."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
+def _read(folder: RunFolder) -> dict[tuple[str, str], _Row]:
+    """What is written down, by sample; a last line that was cut short is left out. DataError for a damaged file."""
+    content = folder.read(QUARANTINE_FILE) or b""
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
     try:
         rows = [_Row(**json.loads(line)) for line in content[:whole].decode().splitlines() if line.strip()]
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove the line, or the file to count anew") from error
+        raise DataError(
+            f"{folder.uri(QUARANTINE_FILE)} is damaged ({error}); remove the line, or the file to count anew"
+        ) from error
     return {row.sample: row for row in rows}

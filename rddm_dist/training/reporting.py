@@ -13,7 +13,10 @@ from PIL import Image
 from rddm_dist import comm
 from rddm_dist.config import identity_digest, iter_keys
 from rddm_dist.tracking.journal import Journal
-from rddm_dist.training.prepare import CONFIG_FILE, JOURNAL_FILE, Prepared
+from rddm_dist.training.folder import CONFIG_FILE, JOURNAL_FILE, JournalMirror, try_sending
+from rddm_dist.training.prepare import Prepared
+from rddm_dist.training.retention import read_scores
+from rddm_dist.training.saving import Saved
 
 if TYPE_CHECKING:
     from rddm_dist.tracking.mlflow_tracker import MlflowTracker
@@ -24,14 +27,23 @@ EventHandler = Callable[[dict[str, Any]], None]
 
 
 class Reporting:
-    """On rank 0 everything goes to the journal and from there on; on other ranks every method does nothing."""
+    """On rank 0 everything goes to the journal and from there on; on other ranks every method does nothing.
+
+    scores: step -> value of train.best_metric, over all starts of the run.
+    """
 
     def __init__(self, prepared: Prepared, on_event: EventHandler) -> None:
         self._prepared, self._on_event = prepared, on_event
         self._journal: Journal | None = None
         self._tracker: MlflowTracker | None = None
+        self._mirror: JournalMirror | None = None
+        self.scores: dict[int, float] = {}
         if comm.rank() == 0:
-            self._journal = Journal(prepared.run_dir / JOURNAL_FILE)
+            path = prepared.run_dir / JOURNAL_FILE
+            self._mirror = JournalMirror(prepared.folder)
+            self._mirror.restore()
+            self._journal = Journal(path)
+            self.scores = read_scores(path, prepared.config.train.best_metric)
 
     def track_with(self, tracker: MlflowTracker) -> None:
         self._tracker = tracker
@@ -46,6 +58,9 @@ class Reporting:
 
     def metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if metrics:
+            best = self._prepared.config.train.best_metric
+            if best in metrics:
+                self.scores[step] = float(metrics[best])
             samples = step * self._prepared.config.train.global_batch
             self.event("metrics", step=step, samples_seen=samples, metrics=metrics)
 
@@ -56,9 +71,29 @@ class Reporting:
         grid.save(path)
         self.event("preview", step=step, path=str(path))
         self._artifact(path, "samples")
+        if self._mirror is not None:
+            self._mirror.add(f"{path.parent.name}/{path.name}")
 
-    def saved(self, step: int, path: Path) -> None:
-        self.event("saved", step=step, path=str(path))
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is committed.   stall_s: what the steps waited for; seconds: until it was on the storage"""
+        self.event(
+            "saved",
+            step=saved.step,
+            path=saved.uri,
+            bytes=saved.num_bytes,
+            stall_s=round(saved.stall_s, 4),
+            seconds=round(saved.seconds, 3),
+        )
+
+    def save_failed(self, step: int, reason: str, failures: int, *, limit: int) -> None:
+        """A save came to nothing; training goes on until `limit` of them have failed in a row."""
+        log.warning("SAVING step %d FAILED (%d of %d in a row): %s", step, failures, limit, reason)
+        self.event("save_failed", step=step, reason=reason, failures=failures, limit=limit)
+
+    def send(self) -> None:
+        """Bring home what has grown in the work folder of a run at a URL. From one thread at a time."""
+        if self._mirror is not None:
+            self._mirror.send()
 
     def configured(self) -> None:
         self._artifact(self._prepared.run_dir / CONFIG_FILE, "config")
@@ -75,6 +110,10 @@ class Reporting:
             self._journal.close()
         if self._tracker is not None:
             self._tracker.close({"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])
+        if self._mirror is not None:
+            try_sending("the journal", self._mirror.send)
+            if status == "done":
+                try_sending("the journal", lambda: self._prepared.folder.send(JOURNAL_FILE))
 
     def _artifact(self, path: Path, folder: str) -> None:
         if self._tracker is not None:
@@ -140,7 +179,7 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
             "rddm.data_fingerprint": prepared.data_fingerprint,
             "rddm.data_uri": ", ".join(config.data.uris),
             "rddm.config_digest": identity_digest(config),
-            "rddm.run_dir": str(prepared.run_dir),
+            "rddm.run_dir": prepared.home,
             "rddm.batch_plan": prepared.plan.describe(),
             **origin,
         },

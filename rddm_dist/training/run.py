@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,25 +20,30 @@ from rddm_dist.log import configure as configure_logging
 from rddm_dist.model.weights import save_safetensors
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.data import open_loader
-from rddm_dist.training.ema import Ema, make_ema
+from rddm_dist.training.ema import Ema, make_ema, profiles
 from rddm_dist.training.engine import Engine
+from rddm_dist.training.folder import RunFolder, run_folder, try_sending
+from rddm_dist.training.keeper import Keeper
 from rddm_dist.training.loop import Actions, Names, run_loop
-from rddm_dist.training.prepare import Prepared, make_run_dir, prepare, run_dir_of, write_identity
+from rddm_dist.training.ownership import Ownership, take
+from rddm_dist.training.prepare import Prepared, look_again, make_run_dir, prepare, write_identity
 from rddm_dist.training.preview import Preview
 from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting, open_reporting
+from rddm_dist.training.retention import Retention, drop, retention_of, sweep
 from rddm_dist.training.search import Search
 from rddm_dist.training.selection import SEARCH_DIR, Selection, with_outcome, write_selection
-from rddm_dist.training.state import Start, check_same_init, draw_net, find_start, load_init, load_state, save_state
-from rddm_dist.training.step import StepResult, train_step
+from rddm_dist.training.state import Start, check_room, check_same_init, draw_net, find_start, load_init, load_state
+from rddm_dist.training.step import StepResult, Word, measures, train_step
 from rddm_dist.training.stopping import StopFlag, clear_request
 
 EXPORT_FILE = "model.safetensors"
+EVERYTHING = 10**9
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. exit_code: 0 complete, 75 stopped and resumable by the same command."""
+    """How a run ended. exit_code: 0 complete, 75 stopped and resumable by the same command; run_dir: path or URL."""
 
     status: Literal["done", "stopped"]
     step: int
@@ -83,47 +89,70 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
     """
     hooks = hooks or Hooks()
     started = time.monotonic()
-    stop = StopFlag(run_dir_of(config))
+    stop = StopFlag(run_folder(config), rank=topology.rank)
+    owner: Ownership | None = None
     try:
         comm.initialize(topology)
         with comm.together():
             prepared = prepare(config, world_size=topology.world_size)
+            if comm.rank() == 0:
+                owner = take(prepared.home)
+        with comm.together():
+            prepared = look_again(prepared)
             make_run_dir(prepared)
             configure_logging(prepared.run_dir / "logs" / f"rank-{topology.rank:05d}.log")
         _use_threads(config, topology)
-        start = find_start(prepared)
-        is_searching = config.diffusion.objective == "auto" and start.selection is None
-        phase: Search | Training
-        phase = Search(prepared, topology, start) if is_searching else open_training(prepared, topology, start)
-        reporting = open_reporting(
-            phase.prepared,
-            hooks.on_event,
-            step=start.step,
-            device=str(topology.device),
-            skipped=start.skipped,
-            is_searching=is_searching,
-        )
-        status = "failed"
-        try:
-            _settle(phase.prepared, start, is_searching=is_searching)
-            reporting.configured()
-            step, status = _run(phase, topology, stop, reporting)
-            reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
-            reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
-        finally:
-            reporting.close(status)
+        step, status = _train_as_owner(prepared, topology, stop, owner, hooks=hooks, started=started)
         # A launcher that sees one worker gone may signal the others: nobody leaves before all are through.
         comm.meet()
     finally:
         stop.close()
-    return TrainResult("done" if status == "done" else "stopped", step, str(prepared.run_dir))
+        if owner is not None:
+            owner.release()
+    return TrainResult("done" if status == "done" else "stopped", step, prepared.home)
+
+
+def _train_as_owner(
+    prepared: Prepared,
+    topology: Topology,
+    stop: StopFlag,
+    owner: Ownership | None,
+    *,
+    hooks: Hooks,
+    started: float,
+) -> tuple[int, str]:
+    """Everything between taking the run folder and letting it go.   -> (last finished step, how the run ended)"""
+    start = find_start(prepared)
+    is_searching = prepared.config.diffusion.objective == "auto" and start.selection is None
+    phase: Search | Training
+    phase = Search(prepared, topology, start) if is_searching else open_training(prepared, topology, start)
+    reporting = open_reporting(
+        phase.prepared,
+        hooks.on_event,
+        step=start.step,
+        device=str(topology.device),
+        skipped=start.skipped,
+        is_searching=is_searching,
+    )
+    status = "failed"
+    try:
+        _settle(phase.prepared, start, is_searching=is_searching)
+        reporting.configured()
+        step, status = _run(phase, topology, stop, reporting, owner)
+        reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
+        reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
+    finally:
+        reporting.close(status)
+        if prepared.folder.is_remote:
+            try_sending("a log", lambda: prepared.folder.send(f"logs/rank-{topology.rank:05d}.log"))
+    return step, status
 
 
 def completed_step(prepared: Prepared) -> int:
     """The last step of a run that has nothing left to do, else 0."""
-    if not prepared.is_continued or not (prepared.run_dir / EXPORT_FILE).is_file():
+    if not prepared.is_continued or not prepared.folder.exists(EXPORT_FILE):
         return 0
-    found = ckpt.find_newest(prepared.run_dir / "checkpoints")
+    found = ckpt.find_newest(prepared.folder.uri(ckpt.CHECKPOINTS))
     return found.progress.step if found and found.progress.step >= prepared.config.train.steps else 0
 
 
@@ -134,9 +163,11 @@ def open_training(prepared: Prepared, topology: Topology, start: Start) -> Train
         net = draw_net(config)
         if config.train.init_from and start.checkpoint is None:
             prepared = load_init(prepared, net)
+        if comm.rank() == 0:
+            check_room(prepared, net)
     check_same_init(prepared)
     engine = Engine(net, engine=config.engine, optim=config.optim, plan=prepared.plan, topology=topology)
-    ema = make_ema(engine.pieces)
+    ema = make_ema(engine.pieces, profiles(config.ema))
     if start.checkpoint is not None:
         load_state(start.checkpoint, engine, ema)
     return Training(prepared, config, engine, ema, start.selection, start.step)
@@ -150,72 +181,85 @@ def _use_threads(config: Config, topology: Topology) -> None:
 
 def _settle(prepared: Prepared, start: Start, *, is_searching: bool) -> None:
     """Rank 0 makes the folder a run and clears what an earlier start left in it."""
-    train, run_dir = prepared.config.train, prepared.run_dir
+    train, folder = prepared.config.train, prepared.folder
     with comm.together():
         if comm.rank() == 0:
             write_identity(prepared)
-            folder = SEARCH_DIR if is_searching else "checkpoints"
-            ckpt.sweep(run_dir / folder, newest=start.step, keep_last=train.keep_last)
+            row = folder.uri(SEARCH_DIR if is_searching else ckpt.CHECKPOINTS)
+            # Scores are not known yet: what was good enough before stays until the next commit.
+            sweep(row, replace(retention_of(train), keep_last=EVERYTHING), newest=start.step)
+            if not is_searching:
+                sweep(folder.uri(ckpt.AVERAGES), Retention(EVERYTHING), newest=start.step)
             if start.selection is not None:
-                _keep(start.selection, prepared)
+                _keep(start.selection, folder)
             if is_searching or start.step < train.steps:
                 # The export of a shorter run is not this run's.
-                (run_dir / EXPORT_FILE).unlink(missing_ok=True)
+                folder.remove(EXPORT_FILE)
 
 
-def _keep(selection: Selection, prepared: Prepared) -> None:
+def _keep(selection: Selection, folder: RunFolder) -> None:
     """Write down the outcome of the search, whose checkpoints then have no use. Rank 0 only."""
-    write_selection(prepared.run_dir, selection)
-    ckpt.sweep(prepared.run_dir / SEARCH_DIR, newest=0, keep_last=0)
+    write_selection(folder, selection)
+    drop(folder.uri(SEARCH_DIR))
 
 
 def _run(
-    phase: Search | Training, topology: Topology, stop: StopFlag, reporting: Reporting
+    phase: Search | Training, topology: Topology, stop: StopFlag, reporting: Reporting, owner: Ownership | None
 ) -> tuple[int, Literal["done", "stopped"]]:
     """Go through the phases that are left, to the end or a stop.   -> (last finished step, how it ended)"""
     if isinstance(phase, Search):
-        selection = phase.run(stop, reporting)
+        selection = phase.run(stop, reporting, owner)
         phase.close()
         if selection.objective:
             with comm.together():
                 if comm.rank() == 0:
-                    _keep(selection, phase.prepared)
+                    _keep(selection, phase.prepared.folder)
             reporting.event("selected", step=selection.step, objective=selection.objective, weight=selection.weight)
             phase = open_training(phase.prepared, topology, Start(None, selection, ()))
     if isinstance(phase, Search):
         step, is_complete = selection.step, False
     else:
-        step, is_complete = _train(phase, stop, reporting)
+        step, is_complete = _train(phase, stop, reporting, owner)
         phase.engine.close()
     if not is_complete and comm.rank() == 0:
-        clear_request(phase.prepared.run_dir)
+        clear_request(phase.prepared.folder)
     return step, "done" if is_complete else "stopped"
 
 
-def _train(training: Training, stop: StopFlag, reporting: Reporting) -> tuple[int, bool]:
+def _train(training: Training, stop: StopFlag, reporting: Reporting, owner: Ownership | None) -> tuple[int, bool]:
     """Train from the first step to the end or a stop.   -> (last finished step, whether the run is complete)"""
     config, prepared, step = training.config, training.prepared, training.first_step
     is_complete = step >= config.train.steps
     if not is_complete:
         with comm.together():
             loader = open_loader(config, prepared.data, prepared.plan, rank=comm.rank(), start_step=step)
+        keeper = Keeper(
+            prepared,
+            training.engine,
+            training.ema,
+            folder=ckpt.CHECKPOINTS,
+            selection=lambda step: training.selection,
+            owner=owner,
+            reporting=reporting,
+        )
         try:
             step, is_complete = run_loop(
                 config,
                 batches=loader,
                 stop=stop,
                 quarantine=Quarantine(prepared),
-                actions=_make_actions(training, reporting),
+                actions=_make_actions(training, reporting, keeper),
                 names=Names(),
             )
         finally:
+            keeper.close()
             loader.close()
     if is_complete:
         _export(training, step, reporting)
     return step, is_complete
 
 
-def _make_actions(training: Training, reporting: Reporting) -> Actions:
+def _make_actions(training: Training, reporting: Reporting, keeper: Keeper) -> Actions:
     """What the loop does in each step, and on log, preview and save steps."""
     config, prepared, engine, ema = training.config, training.prepared, training.engine, training.ema
     schedule = make_schedule(config.diffusion).to(engine.device)
@@ -224,7 +268,7 @@ def _make_actions(training: Training, reporting: Reporting) -> Actions:
         if config.sample.every and comm.rank() == 0:
             preview = Preview(replace(prepared, config=config))
 
-    def take_step(batch: Batch, lr: float, wants_stop: bool) -> StepResult:
+    def take_step(batch: Batch, lr: float, word: Word) -> StepResult:
         result = train_step(
             engine,
             schedule,
@@ -233,15 +277,11 @@ def _make_actions(training: Training, reporting: Reporting) -> Actions:
             self_condition=config.model.self_condition,
             seed=config.train.seed,
             lr=lr,
-            wants_stop=wants_stop,
+            word=word,
         )
         if result.is_finite:
-            ema.update(batch.step + 1, config.ema)
+            ema.update(batch.step + 1)
         return result
-
-    def save(step: int) -> None:
-        folder = prepared.run_dir / "checkpoints"
-        save_state(folder, prepared, engine, ema, step=step, selection=training.selection, reporting=reporting)
 
     def show(step: int) -> dict[str, float]:
         state = ckpt.gather_full(ema.as_pieces(), engine.shapes)
@@ -251,7 +291,9 @@ def _make_actions(training: Training, reporting: Reporting) -> Actions:
         reporting.preview(step, grid)
         return metrics
 
-    return Actions(take_step=take_step, grad_norm=engine.grad_norm, log=reporting.metrics, save=save, preview=show)
+    return Actions(
+        take_step=take_step, measures=partial(measures, engine), log=reporting.metrics, keeper=keeper, preview=show
+    )
 
 
 def _export(training: Training, step: int, reporting: Reporting) -> None:
@@ -263,4 +305,5 @@ def _export(training: Training, step: int, reporting: Reporting) -> None:
     with comm.together():
         if state is not None:
             save_safetensors(path, state, config=config.model_dump(mode="json"), extra=extra)
+            prepared.folder.send(EXPORT_FILE)
     reporting.exported(path)

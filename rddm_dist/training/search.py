@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,18 +33,20 @@ from rddm_dist.model.net import Network
 from rddm_dist.training.data import open_loader
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import DTYPES, Engine, call_in
+from rddm_dist.training.keeper import Keeper
 from rddm_dist.training.loop import Actions, Names, run_loop
+from rddm_dist.training.ownership import Ownership
 from rddm_dist.training.prepare import Prepared
 from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting
 from rddm_dist.training.selection import SEARCH_DIR, Selection
-from rddm_dist.training.state import Start, draw_net, load_state, save_state
-from rddm_dist.training.step import MicroBatch, StepResult, agree, run_micro_batches
+from rddm_dist.training.state import Start, draw_net, load_state
+from rddm_dist.training.step import MicroBatch, StepResult, Word, agree, measures, run_micro_batches
 from rddm_dist.training.stopping import StopFlag
 
 WEIGHT = "alpha_res"
 NAMES = Names(step="search", speed="search", data="search")
-NO_EMA = Ema((), ())
+NO_EMA = Ema((), (), ())
 
 
 class SearchNet(nn.Module):
@@ -106,7 +109,7 @@ class Search:
             assert start.checkpoint.progress.selection is not None
             self._curve = start.checkpoint.progress.selection.curve
 
-    def run(self, stop: StopFlag, reporting: Reporting) -> Selection:
+    def run(self, stop: StopFlag, reporting: Reporting, owner: Ownership | None) -> Selection:
         """Search until the outcome is known; after a stop request the selection names none.
 
         Raises TrainingFault, after saving, where train.steps steps do not decide.
@@ -114,7 +117,7 @@ class Search:
         config, step = self.prepared.config, self._first_step
         is_complete = step >= config.train.steps
         if not is_complete:
-            step, is_complete = self._loop(stop, reporting)
+            step, is_complete = self._loop(stop, reporting, owner)
         if not is_complete:
             return self._state("", step)
         objective = selected_objective(self._weight)
@@ -138,18 +141,22 @@ class Search:
         del self._engine
         gc.collect()  # DeepSpeed's objects refer to each other in circles
 
-    def _loop(self, stop: StopFlag, reporting: Reporting) -> tuple[int, bool]:
+    def _loop(self, stop: StopFlag, reporting: Reporting, owner: Ownership | None) -> tuple[int, bool]:
         prepared, engine = self.prepared, self._engine
-        folder = prepared.run_dir / SEARCH_DIR
 
         def write(step: int, metrics: dict[str, Any]) -> None:
             self._curve = (*self._curve, (step, self._weight))
             reporting.metrics(step, {**metrics, f"{NAMES.step}/weight": self._weight})
 
-        def save(step: int) -> None:
-            state = self._state("", step)
-            save_state(folder, prepared, engine, NO_EMA, step=step, selection=state, reporting=reporting)
-
+        keeper = Keeper(
+            prepared,
+            engine,
+            NO_EMA,
+            folder=SEARCH_DIR,
+            selection=lambda step: self._state("", step),
+            owner=owner,
+            reporting=reporting,
+        )
         quarantine = Quarantine(prepared)
         with comm.together():
             loader = open_loader(
@@ -161,13 +168,16 @@ class Search:
                 batches=loader,
                 stop=stop,
                 quarantine=quarantine,
-                actions=Actions(take_step=self._take_step, grad_norm=engine.grad_norm, log=write, save=save),
+                actions=Actions(
+                    take_step=self._take_step, measures=partial(measures, engine), log=write, keeper=keeper
+                ),
                 names=NAMES,
             )
         finally:
+            keeper.close()
             loader.close()
 
-    def _take_step(self, batch: Batch, lr: float, wants_stop: bool) -> StepResult:
+    def _take_step(self, batch: Batch, lr: float, word: Word) -> StepResult:
         """Like `train_step`, without the update where the weight has left its band.
 
         The fp32 weight counts, not the copy that a forward in bf16 sees; whoever holds it tells the others in the one
@@ -175,7 +185,7 @@ class Search:
         """
         engine = self._engine
         sums = run_micro_batches(engine, batch, self._losses_of)
-        result, (total, owners) = agree(engine.plan, batch, sums, wants_stop=wants_stop, further=self._own_weight())
+        result, (total, owners) = agree(engine.plan, batch, sums, word=word, further=self._own_weight())
         self._weight = total / owners
         if result.is_finite and selected_objective(self._weight) is not None:
             return replace(result, is_decided=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ModelError
 from rddm_dist.config import Config
 from rddm_dist.diffusion.selection import SELECTABLE
+from rddm_dist.training.folder import RunFolder
 
 SELECTION_FILE = "selection.json"
 SEARCH_DIR = "search"
@@ -44,32 +43,26 @@ def parse_selection(values: Mapping[str, Any]) -> Selection:
     return selection
 
 
-def read_selection(run_dir: Path) -> Selection | None:
+def read_selection(folder: RunFolder) -> Selection | None:
     """The outcome that stands in `<run>/selection.json`; None: there is none yet. Raises ModelError when damaged."""
-    path = run_dir / SELECTION_FILE
     try:
-        selection = parse_selection(json.loads(path.read_text()))
+        content = folder.read(SELECTION_FILE)
+        if content is None:
+            return None
+        selection = parse_selection(json.loads(content))
         if not selection.objective:
             raise ValueError("it names no objective")
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
-            f"{path} is damaged ({error}); remove it: the training's checkpoints know the outcome too, and without "
-            "them the search starts anew"
+            f"{folder.uri(SELECTION_FILE)} is damaged ({error}); remove it: the training's checkpoints know the "
+            "outcome too, and without them the search starts anew"
         ) from error
     return selection
 
 
-def write_selection(run_dir: Path, selection: Selection) -> None:
+def write_selection(folder: RunFolder, selection: Selection) -> None:
     """Write the outcome; it is there whole and on disk, or not at all."""
-    path = run_dir / SELECTION_FILE
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(asdict(selection), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    folder.write(SELECTION_FILE, json.dumps(asdict(selection), indent=1).encode())
 
 
 def with_outcome(config: Config, selection: Selection | None) -> Config:

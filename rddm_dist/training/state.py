@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.errors import ConfigError, ModelError
+from data_pipeline.errors import ConfigError, EnvironmentFault, ModelError
 from data_pipeline.rng import mix_seed
 from rddm_dist import comm
 from rddm_dist.config import Config, identity_digest, iter_keys
@@ -19,10 +19,9 @@ from rddm_dist.factory import make_net
 from rddm_dist.loading import Model, load_model
 from rddm_dist.model.net import Network
 from rddm_dist.training import checkpoint as ckpt
-from rddm_dist.training.ema import Ema
-from rddm_dist.training.engine import Engine
+from rddm_dist.training.ema import Ema, profiles
+from rddm_dist.training.engine import MOMENTS, Engine
 from rddm_dist.training.prepare import Prepared, naming_init_from, registry_of
-from rddm_dist.training.reporting import Reporting
 from rddm_dist.training.selection import SEARCH_DIR, Selection, read_selection
 
 log = logging.getLogger(__name__)
@@ -46,31 +45,56 @@ class Start:
 
 
 def find_start(prepared: Prepared) -> Start:
-    """Look on rank 0 for what the run folder holds. Raises ModelError on every worker for what does not fit it."""
-    start = None
-    with comm.together():
-        if comm.rank() == 0:
-            start = _find_start(prepared)
-    return comm.broadcast_object(start)
+    """Look for what the run folder holds. All ranks call it: they share the reading, and fail together.
 
-
-def _find_start(prepared: Prepared) -> Start:
-    run_dir, selection = prepared.run_dir, None
-    skipped: list[str] = []
-    found = ckpt.find_newest(run_dir / "checkpoints", skipped=skipped)
+    Raises ModelError for what does not fit, or where nothing is sound.
+    """
+    folder, selection = prepared.folder, None
+    found, skipped = ckpt.find_newest_together(folder.uri(ckpt.CHECKPOINTS))
     if prepared.config.diffusion.objective == "auto":
         trained = found.progress.selection if found else None
-        selection = read_selection(run_dir) or trained
+        with comm.together():
+            if comm.rank() == 0:
+                selection = read_selection(folder) or trained
+        selection = comm.broadcast_object(selection)
         if trained and selection and trained.objective != selection.objective:
-            raise ModelError(
-                f"{run_dir} holds a selection of {selection.objective} and a checkpoint trained with "
+            raise _shared(
+                f"{folder.home} holds a selection of {selection.objective} and a checkpoint trained with "
                 f"{trained.objective}; move the one that is not this run's away"
             )
         if selection is None:
-            found = ckpt.find_newest(run_dir / SEARCH_DIR, skipped=skipped)
+            found, more = ckpt.find_newest_together(folder.uri(SEARCH_DIR))
+            skipped = skipped + more
     if found is not None and found.progress.config_digest != identity_digest(prepared.config):
-        raise ModelError(f"checkpoint {found.path} was written with other settings than config.yaml says")
+        raise _shared(f"checkpoint {found.uri} was written with other settings than config.yaml says")
+    if found is not None and found.progress.data_fingerprint != prepared.data_fingerprint:
+        raise _shared(
+            f"checkpoint {found.uri} was trained on other data (fingerprint "
+            f"{found.progress.data_fingerprint[:12]}) than data.uri holds ({prepared.data_fingerprint[:12]}); give the "
+            "same dataset back or choose another run.name"
+        )
     return Start(found, selection, tuple(skipped))
+
+
+def _shared(text: str) -> ModelError:
+    """What every worker has found out."""
+    error = ModelError(text)
+    error.is_shared = True
+    return error
+
+
+def check_room(prepared: Prepared, net: Network) -> None:
+    """Raise EnvironmentFault where a folder has no room for one more checkpoint. Rank 0."""
+    if prepared.folder.is_remote:
+        return
+    elements = sum(p.numel() for p in net.parameters())
+    needed = elements * 4 * (1 + len(MOMENTS) + len(profiles(prepared.config.ema)))
+    free = shutil.disk_usage(prepared.run_dir).free
+    if free < needed:
+        raise EnvironmentFault(
+            f"run.storage={prepared.config.run.storage} has {free / 1e6:.0f} MB free, a checkpoint of this run takes "
+            f"{needed / 1e6:.0f} MB; make room or choose another --storage"
+        )
 
 
 def load_state(checkpoint: ckpt.Checkpoint, engine: Engine, ema: Ema) -> None:
@@ -79,38 +103,11 @@ def load_state(checkpoint: ckpt.Checkpoint, engine: Engine, ema: Ema) -> None:
     progress = checkpoint.progress
     log.info(
         "resumed from %s at step %d, written by %d worker(s) at ZeRO stage %d",
-        checkpoint.path,
+        checkpoint.uri,
         progress.step,
         progress.world_size,
         progress.zero_stage,
     )
-
-
-def save_state(
-    folder: Path,
-    prepared: Prepared,
-    engine: Engine,
-    ema: Ema,
-    *,
-    step: int,
-    selection: Selection | None,
-    reporting: Reporting,
-) -> None:
-    """Write the checkpoint of `step` and delete those that train.keep_last no longer keeps. All ranks call it."""
-    progress = ckpt.Progress(
-        step=step,
-        position=step * engine.plan.global_batch,
-        optimizer_step=engine.optimizer_step,
-        config_digest=identity_digest(prepared.config),
-        data_fingerprint=prepared.data_fingerprint,
-        world_size=engine.plan.world_size,
-        zero_stage=engine.stage,
-        selection=selection,
-    )
-    path = ckpt.save_checkpoint(folder, engine, ema, progress)
-    if comm.rank() == 0:
-        ckpt.sweep(folder, newest=step, keep_last=prepared.config.train.keep_last)
-        reporting.saved(step, path)
 
 
 def draw_net(config: Config) -> Network:
@@ -131,7 +128,7 @@ def load_init(prepared: Prepared, net: Network) -> Prepared:
     _check_fit(prepared.config, model, net.state_dict())
     if prepared.init_weights not in ("", model.digest):
         raise ModelError(
-            f"train.init_from={given} has other weights ({model.digest[:12]}) than {prepared.run_dir} was started from "
+            f"train.init_from={given} has other weights ({model.digest[:12]}) than {prepared.home} was started from "
             f"({prepared.init_weights[:12]}) and there is no checkpoint yet; give those back or choose another run.name"
         )
     net.load_state_dict(model.net.state_dict())

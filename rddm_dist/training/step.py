@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from rddm_dist.training.plan import BatchPlan
 
 
 @dataclass(frozen=True)
+class Word:
+    """What a worker tells the others in a step: that it wants to stop, that its part of the save in flight failed; and
+    rank 0, that this save is committed, and that the run folder has another owner now."""
+
+    wants_stop: bool = False
+    has_failed_save: bool = False
+    has_committed: bool = False
+    has_lost_folder: bool = False
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What all workers know after a step.
 
     `losses`: means over the global batch, "loss" and its parts; with `is_finite` False nothing was updated.
     `has_bad_samples`: whether a row of the global batch, on any worker, had to be replaced. `is_decided`: the search
-    for the objective is over, and nothing was updated.
+    for the objective is over, and nothing was updated. The last three: see `Word`.
     """
 
     losses: Mapping[str, float]
@@ -34,6 +45,9 @@ class StepResult:
     must_stop: bool
     has_bad_samples: bool
     is_decided: bool = False
+    has_failed_save: bool = False
+    has_committed: bool = False
+    has_lost_folder: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ def train_step(
     self_condition: bool,
     seed: int,
     lr: float,
-    wants_stop: bool,
+    word: Word,
 ) -> StepResult:
     """Run one global batch through the network and update it.
 
@@ -110,10 +124,16 @@ def train_step(
         return {"loss": total * rows.weight, **logged}
 
     sums = run_micro_batches(engine, batch, losses_of)
-    result, _ = agree(engine.plan, batch, sums, wants_stop=wants_stop)
+    result, _ = agree(engine.plan, batch, sums, word=word)
     if result.is_finite:
         engine.step(lr=lr)
     return result
+
+
+def measures(engine: Engine) -> dict[str, float]:
+    """What the last step tells besides its losses. Read it on log steps only."""
+    found = {"grad_norm": engine.grad_norm()}
+    return {**found, "loss_scale": engine.loss_scale()} if engine.dtype == torch.float16 else found
 
 
 def part_names(objective: str) -> tuple[str, ...]:
@@ -150,21 +170,24 @@ def run_micro_batches(engine: Engine, batch: Batch, losses_of: LossesOf) -> dict
 
 
 def agree(
-    plan: BatchPlan, batch: Batch, sums: Mapping[str, float], *, wants_stop: bool, further: Sequence[float] = ()
+    plan: BatchPlan, batch: Batch, sums: Mapping[str, float], *, word: Word, further: Sequence[float] = ()
 ) -> tuple[StepResult, list[float]]:
     """The step's one collective: every worker learns the losses and the flags of all.
 
     sums: this rank's, by name; further: numbers to add up besides   ->  the step, and those sums
     """
     is_finite = all(map(math.isfinite, sums.values()))
-    flags = (float(not is_finite), float(wants_stop), float(len(batch.replaced)))
-    totals = comm.sum_floats([*flags, *further, *sums.values()])
-    num_bad, wishes, replaced = totals[:3]
-    losses = [total / plan.global_batch for total in totals[3 + len(further) :]]
+    flags = [not is_finite, bool(batch.replaced), *astuple(word)]
+    totals = comm.sum_floats([*map(float, flags), *further, *sums.values()])
+    is_bad, has_bad_samples, wants_stop, *saving = (total > 0 for total in totals[: len(flags)])
+    rest = totals[len(flags) :]
     result = StepResult(
-        losses=dict(zip(sums, losses, strict=True)),
-        is_finite=not num_bad,
-        must_stop=wishes > 0 or num_bad > 0,
-        has_bad_samples=replaced > 0,
+        losses={name: total / plan.global_batch for name, total in zip(sums, rest[len(further) :], strict=True)},
+        is_finite=not is_bad,
+        must_stop=wants_stop or is_bad,
+        has_bad_samples=has_bad_samples,
+        has_failed_save=saving[0],
+        has_committed=saving[1],
+        has_lost_folder=saving[2],
     )
-    return result, totals[3 : 3 + len(further)]
+    return result, rest[: len(further)]

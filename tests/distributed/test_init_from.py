@@ -88,9 +88,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 def begun_with(run_dir: Path, kind: str) -> dict[str, torch.Tensor]:
     """The weights or averages that a run without a step worth the name was saved with."""
-    newest = ckpt.find_newest(run_dir / "checkpoints")
+    newest = ckpt.find_newest(str(run_dir / "checkpoints"))
     assert newest is not None
-    return dict(ckpt.Reader(newest).read_full(kind))
+    return newest.read_full(kind)
 
 
 def identity(run_dir: Path) -> dict[str, Any]:

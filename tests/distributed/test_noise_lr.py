@@ -56,8 +56,8 @@ def metrics(run_dir: Path, name: str) -> list[float]:
 
 
 def state(run_dir: Path, *, step: int = STEPS, kinds: tuple[str, ...] = (ckpt.WEIGHT,)) -> dict[str, torch.Tensor]:
-    reader = ckpt.Reader(ckpt.read_commit(ckpt.step_dir(run_dir / "checkpoints", step)))
-    return {f"{kind}/{name}": value for kind in kinds for name, value in reader.read_full(kind)}
+    found = ckpt.read_commit(ckpt.step_folder(str(run_dir / "checkpoints"), step))
+    return {f"{kind}/{name}": value for kind in kinds for name, value in found.read_full(kind).items()}
 
 
 def test_every_stage_computes_the_same_and_not_what_one_rate_computes(runs: Path) -> None:

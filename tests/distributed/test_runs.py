@@ -95,11 +95,10 @@ def journal_losses(run_dir: Path) -> list[float]:
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    found = ckpt.find_newest(run_dir / "checkpoints")
+    found = ckpt.find_newest(str(run_dir / "checkpoints"))
     assert found is not None
-    reader = ckpt.Reader(found)
     kinds = (ckpt.WEIGHT, ckpt.EMA, "exp_avg", "exp_avg_sq")
-    return {f"{kind}/{name}": value for kind in kinds for name, value in reader.read_full(kind)}
+    return {f"{kind}/{name}": value for kind in kinds for name, value in found.read_full(kind).items()}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +155,7 @@ def test_sigterm_saves_at_a_step_exits_75_and_the_same_command_goes_on(data: str
             kill_group(process)
     assert [result.code for result in results] == [75, 75], results[0].text + results[1].text
     assert "(SIGTERM); the same command continues" in results[0].stdout
-    stopped = ckpt.find_newest(run_dir / "checkpoints")
+    stopped = ckpt.find_newest(str(run_dir / "checkpoints"))
     assert stopped is not None and 8 <= stopped.progress.step < 400
     steps = stopped.progress.step + 3
     train(tmp_path, data, 2, f"train.steps={steps}")
@@ -176,7 +175,7 @@ def test_a_damaged_checkpoint_is_skipped_loudly_and_the_one_before_continues(
 ) -> None:
     run_dir = train(tmp_path, data, 2)
     (run_dir / "model.safetensors").unlink()
-    newest = ckpt.step_dir(run_dir / "checkpoints", 10) / "rank-00001.safetensors"
+    newest = Path(ckpt.step_folder(str(run_dir / "checkpoints"), 10)) / "rank-00001.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     train(tmp_path, data, 2)
     log = (run_dir / "logs" / "rank-00000.log").read_text()
@@ -188,7 +187,7 @@ def test_a_damaged_checkpoint_is_skipped_loudly_and_the_one_before_continues(
 def test_fewer_checkpoints_are_kept_only_of_the_sound_ones(data: str, tmp_path: Path) -> None:
     run_dir = train(tmp_path, data, 1, "train.checkpoint_every=2", "train.keep_last=5")
     for step in (8, 10):
-        damaged = ckpt.step_dir(run_dir / "checkpoints", step) / "rank-00000.safetensors"
+        damaged = Path(ckpt.step_folder(str(run_dir / "checkpoints"), step)) / "rank-00000.safetensors"
         damaged.write_bytes(b"")
     (run_dir / "model.safetensors").unlink()
     command = [*TRAIN, str(tmp_path / "tiny.yaml"), "train.checkpoint_every=2"]
@@ -196,7 +195,7 @@ def test_fewer_checkpoints_are_kept_only_of_the_sound_ones(data: str, tmp_path: 
     assert result.code == 0, result.text
     assert "resumed at step 6" in result.stdout and result.stdout.count("SKIPPED") == 2
     assert "changed: train.keep_last: 5 -> 2" in result.stdout
-    assert [path.name for path in ckpt.list_steps(run_dir / "checkpoints")] == ["step-00000010", "step-00000008"]
+    assert ckpt.list_steps(str(run_dir / "checkpoints")) == [10, 8]
 
 
 def test_the_export_of_a_shorter_run_is_not_taken_for_that_of_a_longer_one(data: str, tmp_path: Path) -> None:

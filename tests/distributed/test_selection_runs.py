@@ -16,6 +16,7 @@ from data_pipeline.errors import ModelError
 from rddm_dist.loading import load_model
 from rddm_dist.model.weights import load_safetensors
 from rddm_dist.training import checkpoint as ckpt
+from rddm_dist.training.folder import RunFolder
 from rddm_dist.training.selection import Selection, read_selection, write_selection
 from tests.support.datasets import make_dataset
 from tests.support.processes import ROOT, run_workers
@@ -42,6 +43,14 @@ class Story:
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
+
+
+def folder_of(run_dir: Path) -> RunFolder:
+    return RunFolder(str(run_dir), run_dir)
+
+
+def newest_folder(checkpoints: Path) -> Path:
+    return Path(ckpt.step_folder(str(checkpoints), ckpt.list_steps(str(checkpoints))[0]))
 
 
 def stage(number: int) -> str:
@@ -88,7 +97,7 @@ def prepare_copies(story: Path) -> None:
     shutil.copytree(story / "killed" / "checkpoints", story / "killed" / "search", dirs_exist_ok=True)
     shutil.rmtree(story / "killed" / "checkpoints")
     (story / "forgotten" / "selection.json").unlink()
-    write_selection(story / "other-choice", Selection("pred_res", 3, 0.52))
+    write_selection(folder_of(story / "other-choice"), Selection("pred_res", 3, 0.52))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +132,7 @@ def metrics(run_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def outcome(run_dir: Path) -> Selection:
-    selection = read_selection(run_dir)
+    selection = read_selection(folder_of(run_dir))
     assert selection is not None
     assert [step for step, _ in selection.curve] == list(range(1, selection.step + 1))
     assert selection.curve[-1] == (selection.step, selection.weight)
@@ -131,11 +140,10 @@ def outcome(run_dir: Path) -> Selection:
 
 
 def training_state(run_dir: Path) -> dict[str, torch.Tensor]:
-    found = ckpt.find_newest(run_dir / "checkpoints")
+    found = ckpt.find_newest(str(run_dir / "checkpoints"))
     assert found is not None
-    reader = ckpt.Reader(found)
     kinds = (ckpt.WEIGHT, ckpt.EMA, "exp_avg", "exp_avg_sq")
-    return {f"{kind}/{name}": value for kind in kinds for name, value in reader.read_full(kind)}
+    return {f"{kind}/{name}": value for kind in kinds for name, value in found.read_full(kind).items()}
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
@@ -163,7 +171,7 @@ def test_previews_and_models_of_a_searched_run_know_the_objective(story: Story) 
     for name in ("preview/psnr", "preview/input_psnr"):
         found = metrics(story.run("residual"), name)
         assert len(found) == 2 and found == metrics(story.run("fresh-residual"), name)
-    newest = ckpt.list_steps(story.run("residual") / "checkpoints")[0]
+    newest = newest_folder(story.run("residual") / "checkpoints")
     for model in (story.run("residual"), newest, story.run("residual") / "model.safetensors"):
         assert load_model(str(model)).config.diffusion.objective == "pred_res"
     assert "objective: auto" in (story.run("residual") / "config.yaml").read_text()
@@ -216,17 +224,20 @@ def test_search_and_training_share_no_metric_and_the_outcome_is_told_once(story:
 
 def test_the_outcome_is_in_every_checkpoint_and_the_search_leaves_none(story: Story) -> None:
     for name in ("residual", "noise-2-3", "killed", "forgotten"):
-        paths = ckpt.list_steps(story.run(name) / "checkpoints")
-        assert len(paths) == 2
-        for path in paths:
-            assert ckpt.read_commit(path).progress.selection == read_selection(story.run(name))
-        assert ckpt.list_steps(story.run(name) / "search") == []
+        checkpoints = str(story.run(name) / "checkpoints")
+        steps = ckpt.list_steps(checkpoints)
+        assert len(steps) == 2
+        for step in steps:
+            assert ckpt.read_commit(ckpt.step_folder(checkpoints, step)).progress.selection == read_selection(
+                folder_of(story.run(name))
+            )
+        assert ckpt.list_steps(str(story.run(name) / "search")) == []
 
 
 def test_sigterm_in_the_search_saves_and_another_topology_goes_on_with_it(story: Story) -> None:
     """Stage 3 on two workers, then stage 1 on one."""
     assert story.said["moved", 2] == (75, "") and "(SIGTERM); the same command continues" in story.stdout[2]
-    found = ckpt.find_newest(story.folder / "searching" / "search")
+    found = ckpt.find_newest(str(story.folder / "searching" / "search"))
     assert found is not None and found.progress.selection is not None
     stopped = found.progress.step
     assert stopped in (2, 3) and (found.progress.world_size, found.progress.zero_stage) == (2, 3)
@@ -278,7 +289,7 @@ def test_self_conditioned_and_generating_networks_are_searched_too(story: Story)
 
 def test_a_run_that_still_searches_has_no_model(story: Story) -> None:
     run_dir = story.folder / "searching"
-    for model in (run_dir, ckpt.list_steps(run_dir / "search")[0]):
+    for model in (run_dir, newest_folder(run_dir / "search")):
         with pytest.raises(ModelError, match="belongs to a search for the objective .* there is no model yet"):
             load_model(str(model))
 
@@ -290,22 +301,22 @@ def test_a_run_that_still_searches_has_no_model(story: Story) -> None:
 def test_a_damaged_outcome_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "selection.json").write_text(text)
     with pytest.raises(ModelError, match=r"selection.json is damaged \(.*\); remove it") as refusal:
-        read_selection(tmp_path)
+        read_selection(folder_of(tmp_path))
     assert "\n" not in str(refusal.value)
 
 
 def test_an_outcome_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    assert read_selection(tmp_path) is None
+    assert read_selection(folder_of(tmp_path)) is None
     selection = Selection("pred_noise", 12, 0.4899, ((10, 0.492), (12, 0.4899)))
-    write_selection(tmp_path, selection)
-    assert read_selection(tmp_path) == selection
+    write_selection(folder_of(tmp_path), selection)
+    assert read_selection(folder_of(tmp_path)) == selection
 
 
 def test_checkpoints_written_before_there_was_a_selection_can_be_read(story: Story, tmp_path: Path) -> None:
     path = tmp_path / "step-00000006"
-    shutil.copytree(ckpt.list_steps(story.run("fresh-noise") / "checkpoints")[0], path)
+    shutil.copytree(newest_folder(story.run("fresh-noise") / "checkpoints"), path)
     body = json.loads((path / ckpt.COMMIT).read_text())
     assert body["progress"].pop("selection") is None
     body["sha256"] = ckpt._body_digest(body)
     (path / ckpt.COMMIT).write_text(json.dumps(body))
-    assert ckpt.read_commit(path).progress.selection is None
+    assert ckpt.read_commit(str(path)).progress.selection is None

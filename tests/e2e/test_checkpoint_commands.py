@@ -115,7 +115,7 @@ def test_an_imported_file_is_a_model_for_every_command(call: Call, tmp_path: Pat
     assert yaml.safe_load((folder / "model.yaml").read_text()) == values
 
     model = load_model(str(folder))
-    assert model.path == folder / "model.safetensors" and model.config.diffusion.parity == "official"
+    assert model.path == str(folder / "model.safetensors") and model.config.diffusion.parity == "official"
     assert model.config.diffusion.residual_clip == (-1.0, 1.0)
     data = make_dataset(tmp_path, count=2, size=(16, 24))
     call("evaluate", folder, "--data", data, "--actors", 0, "--out", "report")

@@ -1,17 +1,32 @@
-"""Run by the workers of a test: train a few steps at every ZeRO stage and save, or load at every stage and compare.
+"""Run by the workers of a test: one link of a chain of world sizes, for several rows of settings.
 
-state_probe.py save FOLDER        FOLDER/stage-S/ gets a checkpoint of each stage S
-state_probe.py load FOLDER        loads each of them at another stage and compares weights, moments and EMA
+state_probe.py FOLDER LINK
+
+FOLDER/chain.json: {"links": [[world size, steps], ...], "rows": {name: {"precision": ..., "stages": [one a link]}}}.
+A row loads what the link before has saved, trains its steps, saves, goes on undisturbed, then does so once more from
+what it has saved. The first link goes on to the last step of the chain. What was seen goes to FOLDER/link-LINK.json:
+  compared, differing   tensors put together after the load, and the names of those that are not what was saved
+  optimizer_step        after the load
+  losses                of the link's steps
+  ema_errors            kind -> largest distance from the float64 reference, relative to the weights of the parameter
+  undisturbed, again    losses of the steps after the save, and once more after a load of it
+  again_differing       names of the tensors that differ at the end of those
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline.retry import RetryPolicy
 from data_pipeline.rng import Draws, normal_image
 from rddm_dist import comm
 from rddm_dist.comm import Topology, topology_from_env
@@ -19,31 +34,100 @@ from rddm_dist.config import Config, DiffusionSection, EmaSection, EngineSection
 from rddm_dist.diffusion.objective import training_loss
 from rddm_dist.factory import make_net, make_schedule
 from rddm_dist.training import checkpoint as ckpt
-from rddm_dist.training.ema import Ema, ema_decay, make_ema
+from rddm_dist.training.ema import Ema, make_ema, profiles
 from rddm_dist.training.engine import MOMENTS, Engine
+from rddm_dist.training.fragments import Snapshot
 from rddm_dist.training.plan import make_plan
+from rddm_dist.training.saving import Saver, Series
 
-STAGES = (0, 1, 2, 3)
-STEPS, BATCH = 4, 4
-EMA = EmaSection(update_every=1, start_step=1, decay=0.9)
+BATCH, LR = 4, 1e-4
+FURTHER = 3  # undisturbed steps after the save of a link that is not the first
+# Updates at steps 1, 3, 5...: copies up to step 3, blends from then on.
+EMA = EmaSection(update_every=2, start_step=1, decay=0.9, lengths=(0.05, 0.2))
 CONFIG = Config(
     model=ModelSection(dim=8, dim_mults=(1, 2), num_nets=1), diffusion=DiffusionSection(objective="pred_res")
 )
 SCHEDULE = make_schedule(DiffusionSection(num_timesteps=10))
+State = dict[str, Tensor]
 
 
-def build(stage: int, topology: Topology) -> Engine:
+@dataclass
+class Reference:
+    """The averages as one process in float64 would have them.   averages: "<kind>/<parameter>" -> float64 of its shape
+
+    Only rank 0 holds something.
+    """
+
+    averages: State = field(default_factory=dict)
+
+    def update(self, ema: Ema, weights: State, step: int) -> None:
+        for profile in ema.profiles:
+            decay = profile.decay(step)
+            for name, weight in weights.items():
+                key = f"{profile.kind}/{name}"
+                average = self.averages.get(key, weight.double())
+                if decay is not None:
+                    self.averages[key] = decay * average + (1.0 - decay) * weight.double()
+
+    def errors(self, state: State) -> dict[str, float]:
+        """kind -> largest distance of its averages in `state`, relative to the largest weight of the parameter."""
+        worst: dict[str, float] = {}
+        for key, expected in self.averages.items():
+            kind, _, name = key.partition("/")
+            distance = (state[key].double() - expected).abs().max()
+            scale = state[f"{ckpt.WEIGHT}/{name}"].double().abs().max()
+            worst[kind] = max(worst.get(kind, 0.0), float(distance / scale) if distance else 0.0)
+        return worst
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network under one ZeRO stage, with its averages."""
+
+    engine: Engine
+    ema: Ema
+    topology: Topology
+
+    def train(self, first: int, count: int) -> list[float]:
+        """->  the losses of the steps from `first` on"""
+        losses = []
+        for step in range(first, first + count):
+            losses.append(step_once(self.engine, self.topology, step, lr=LR))
+            self.ema.update(step + 1)
+        return losses
+
+    def state(self) -> State:
+        """All there is to save, put together without the checkpoint's format: "<kind>/<parameter>"; {} but on rank 0"""
+        sets = {ckpt.WEIGHT: list(self.engine.pieces)}
+        for kind in MOMENTS:
+            sets[kind] = [replace(piece, weight=piece.moments[kind]) for piece in self.engine.pieces]
+        for profile in self.ema.profiles:
+            sets[profile.kind] = self.ema.as_pieces(profile.kind)
+        return {
+            f"{kind}/{name}": value
+            for kind, pieces in sets.items()
+            for name, value in (ckpt.gather_full(pieces, self.engine.shapes) or {}).items()
+        }
+
+    def load(self, folder: Path) -> None:
+        found, _ = ckpt.find_newest_together(str(folder))
+        assert found is not None
+        ckpt.load_checkpoint(found, self.engine, self.ema)
+
+
+def build(stage: int, precision: Any, topology: Topology) -> Trainee:
     torch.manual_seed(0)
-    return Engine(
+    engine = Engine(
         make_net(CONFIG),
-        engine=EngineSection(zero_stage=stage),
-        optim=OptimSection(lr=1e-3),
+        engine=EngineSection(zero_stage=stage, precision=precision),
+        optim=OptimSection(lr=LR),
         plan=make_plan(global_batch=BATCH, world_size=topology.world_size, micro_batch=1),
         topology=topology,
     )
+    return Trainee(engine, make_ema(engine.pieces, profiles(EMA)), topology)
 
 
-def step_once(engine: Engine, topology: Topology, step: int) -> float:
+def step_once(engine: Engine, topology: Topology, step: int, *, lr: float = 1e-3) -> float:
     """One optimizer step on counted random images.   -> the global mean loss"""
     plan, positions = engine.plan, torch.arange(BATCH) + BATCH * step
     mine = positions[topology.rank :: topology.world_size]
@@ -64,70 +148,100 @@ def step_once(engine: Engine, topology: Topology, step: int) -> float:
         )
         engine.backward(losses.sum() * plan.loss_scale)
         total += float(losses.detach().sum())
-        engine.step(lr=1e-3)
+        engine.step(lr=lr)
     return comm.sum_floats([total])[0] / BATCH
 
 
-def gather(engine: Engine, ema: Ema, kind: str) -> dict[str, Tensor] | None:
-    """Whole tensors of one kind on rank 0."""
-    from dataclasses import replace
+def save(folder: Path, trainee: Trainee, step: int) -> None:
+    """Save as a run does, and wait for it."""
+    engine = trainee.engine
+    is_writer = comm.rank() == 0 or not engine.is_replicated
+    progress = ckpt.Progress(
+        step, step * BATCH, engine.optimizer_step, "c", "d", trainee.topology.world_size, engine.stage
+    )
 
-    if kind == ckpt.EMA:
-        return ckpt.gather_full(ema.as_pieces(), engine.shapes)
-    pieces = [piece if kind == ckpt.WEIGHT else replace(piece, weight=piece.moments[kind]) for piece in engine.pieces]
-    return ckpt.gather_full(pieces, engine.shapes)
+    def fail(step: int, reason: str, failures: int) -> None:
+        raise AssertionError(reason)
 
-
-def save(folder: Path, topology: Topology) -> None:
-    for stage in STAGES:
-        engine = build(stage, topology)
-        ema = make_ema(engine.pieces)
-        reference: dict[str, Tensor] = {}
-        losses = []
-        for step in range(STEPS):
-            losses.append(step_once(engine, topology, step))
-            ema.update(step + 1, EMA)
-            weights = gather(engine, ema, ckpt.WEIGHT) or {}
-            decay = ema_decay(step + 1, EMA)
-            assert decay is not None
-            for name, value in weights.items():
-                average = reference.get(name, value.double())
-                reference[name] = average + (1 - decay) * (value.double() - average) if decay else value.double()
-        averages = gather(engine, ema, ckpt.EMA) or {}
-        for name, value in averages.items():
-            assert torch.allclose(value.double(), reference[name], rtol=1e-6, atol=1e-7), f"EMA of {name}"
-        progress = ckpt.Progress(STEPS, STEPS * BATCH, engine.optimizer_step, "c", "d", topology.world_size, stage)
-        ckpt.save_checkpoint(folder / f"stage-{stage}", engine, ema, progress)
-        if topology.rank == 0:
-            print(f"losses {stage} {' '.join(f'{loss:.9g}' for loss in losses)}", flush=True)
-        engine.close()
+    saver = Saver(
+        shapes=engine.shapes,
+        session="probe",
+        writers=1 if engine.is_replicated else comm.world_size(),
+        max_failures=1,
+        retry=RetryPolicy(),
+        guard=lambda: None,
+        before_commit=lambda: None,
+        on_saved=lambda saved: None,
+        on_failed=fail,
+    )
+    saver.start(progress, [Series(str(folder), Snapshot(ckpt.sources(engine.pieces, trainee.ema)) if is_writer else None)])
+    assert saver.finish()
 
 
-def load(folder: Path, topology: Topology) -> None:
-    for source in STAGES:
-        target = STAGES[(source + 1 + topology.world_size) % len(STAGES)]
-        engine = build(target, topology)
-        ema = make_ema(engine.pieces)
-        found = ckpt.find_newest(folder / f"stage-{source}")
-        assert found is not None
-        ckpt.load_checkpoint(found, engine, ema)
-        assert engine.optimizer_step == STEPS
-        reader = ckpt.Reader(found)
-        for kind in (ckpt.WEIGHT, ckpt.EMA, *MOMENTS):
-            loaded = gather(engine, ema, kind)
-            if loaded is None:
-                continue
-            for name, value in reader.read_full(kind):
-                assert torch.equal(loaded[name], value), f"{kind} of {name} from stage {source} at stage {target}"
-        loss = step_once(engine, topology, STEPS)
-        if topology.rank == 0:
-            print(f"next {source} {target} {loss:.9g}", flush=True)
-        engine.close()
+def differing(state: State, other: State) -> list[str]:
+    """Names of what has not the same bits."""
+    assert state.keys() == other.keys()
+    return [name for name in state if not torch.equal(state[name].view(torch.int32), other[name].view(torch.int32))]
+
+
+def run_row(folder: Path, links: Sequence[tuple[int, int]], row: Mapping[str, Any], index: int, here: Topology) -> Any:
+    """->  what was seen, on rank 0 whole"""
+    first, count = sum(steps for _, steps in links[:index]), links[index][1]
+    further = FURTHER if index else sum(steps for _, steps in links) - count
+    stage, precision = row["stages"][index], row["precision"]
+    seen: dict[str, Any] = {"compared": 0, "differing": []}
+    reference = Reference()
+    trainee = build(stage, precision, here)
+    if index:
+        trainee.load(folder / f"link-{index - 1}")
+        loaded = trainee.state()
+        if here.rank == 0:
+            seen["differing"] = differing(loaded, load_file(folder / f"state-{index - 1}.safetensors"))
+            reference = Reference(load_file(folder / f"reference-{index - 1}.safetensors"))
+        seen["compared"] = len(loaded)
+    seen["optimizer_step"] = trainee.engine.optimizer_step
+    losses, errors = [], []
+    for step in range(first, first + count):
+        losses += trainee.train(step, 1)
+        state = trainee.state()
+        reference.update(trainee.ema, weights_of(state), step + 1)
+        errors.append(reference.errors(state))
+    save(folder / f"link-{index}", trainee, first + count)
+    if here.rank == 0:
+        save_file(state, folder / f"state-{index}.safetensors")
+        save_file(reference.averages, folder / f"reference-{index}.safetensors")
+    undisturbed, ending = trainee.train(first + count, further), trainee.state()
+    trainee.engine.close()
+
+    trainee = build(stage, precision, here)
+    trainee.load(folder / f"link-{index}")
+    again = trainee.train(first + count, further)
+    seen["again_differing"] = differing(ending, trainee.state())
+    trainee.engine.close()
+    worst = {kind: max(error[kind] for error in errors) for kind in errors[0]}
+    return {**seen, "losses": losses, "ema_errors": worst, "undisturbed": undisturbed, "again": again}
+
+
+def weights_of(state: State) -> State:
+    """parameter -> its weights"""
+    prefix = f"{ckpt.WEIGHT}/"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def run_link(folder: Path, index: int, here: Topology) -> None:
+    chain = json.loads((folder / "chain.json").read_text())
+    seen = {}
+    for name, row in chain["rows"].items():
+        own = folder / name
+        own.mkdir(exist_ok=True)
+        seen[name] = run_row(own, chain["links"], row, index, here)
+    if here.rank == 0:
+        (folder / f"link-{index}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    here = topology_from_env()
+    this = topology_from_env()
     torch.set_num_threads(1)
-    comm.initialize(here)
-    {"save": save, "load": load}[sys.argv[1]](Path(sys.argv[2]), here)
+    comm.initialize(this)
+    run_link(Path(sys.argv[1]), int(sys.argv[2]), this)
     comm.leave(0)

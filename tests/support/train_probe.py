@@ -22,14 +22,14 @@ from rddm_dist import comm
 from rddm_dist.cli.train import TrainConsole
 from rddm_dist.comm import Topology, topology_from_env
 from rddm_dist.config import load_config
-from rddm_dist.training.prepare import run_dir_of
+from rddm_dist.training.folder import run_folder
 from rddm_dist.training.run import Hooks, train
 
 
 def run_one(config_path: str, run: dict[str, Any], topology: Topology) -> tuple[int, str]:
     """->  exit code, what was said"""
     try:
-        run_dir = run_dir_of(load_config(config_path, [f"run.name={run['name']}"]))
+        run_dir = run_folder(load_config(config_path, [f"run.name={run['name']}"])).work
         if topology.rank == 0:
             for name in run.get("forget", []):
                 path = run_dir / name
