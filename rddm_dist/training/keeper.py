@@ -129,7 +129,7 @@ class Keeper:
             data_fingerprint=prepared.data_fingerprint,
             world_size=engine.plan.world_size,
             zero_stage=engine.stage,
-            loss_scaler=getattr(engine, "loss_scaler", {}),
+            loss_scaler=engine.loss_scaler,
             selection=self._selection(step),
         )
 

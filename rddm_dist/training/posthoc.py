@@ -50,8 +50,8 @@ def gamma_of(length: float) -> float:
 def stride(step: int) -> int:
     """Steps between two updates around `step`: 1, and from 2 RESOLUTION on a power of two that grows with the step.
 
-    The update of step t moves an average by about (gamma + 1) / t of its distance to the weights; in fp32 such a move is
-    lost where it is below the rounding of the average. With at most 2 RESOLUTION updates to look back on it is not.
+    The update of step t moves an average by about (gamma + 1) / t of its distance to the weights; in fp32 such a move
+    is lost where it is below the rounding of the average. With at most 2 RESOLUTION updates to look back on it is not.
     """
     return 1 << max(0, (step // RESOLUTION).bit_length() - 1)
 

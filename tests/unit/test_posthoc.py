@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
-from rddm_dist.training.posthoc import Reconstruction, gamma_of, length_of, power_decay, reconstruction
+from rddm_dist.training.posthoc import (
+    RESOLUTION,
+    Reconstruction,
+    gamma_of,
+    length_of,
+    power_decay,
+    reconstruction,
+    stride,
+    updated_at,
+)
 
 LENGTHS = [0.001, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.288]
 
@@ -19,6 +28,7 @@ def masses(step: int, length: float, *, steps: int) -> Tensor:
     shares = torch.zeros(steps, dtype=torch.float64)
     for tau in range(1, step + 1):
         decay = power_decay(tau, length)
+        assert decay is not None
         shares *= decay
         shares[tau - 1] = 1.0 - decay
     return shares
@@ -174,3 +184,35 @@ def test_a_million_steps_and_hundreds_of_snapshots_take_seconds(length: float) -
     assert time.perf_counter() - begin < 5.0
     assert sum(made.weights) == pytest.approx(1.0, abs=1e-10)
     assert 0.0 < made.error < (1e-3 if length == 0.07 else 1.0)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.2])
+def test_updates_grow_rarer_and_their_decays_still_telescope(length: float) -> None:
+    """The share of the first update is (1 / t)^(gamma + 1) at every update step t, over three changes of the stride."""
+    first, share, last = 1, 1.0, 0
+    for step in range(1, 5 * 2 * RESOLUTION):
+        decay = power_decay(step, length)
+        assert (decay is None) == (updated_at(step) != step)
+        if decay is None:
+            assert updated_at(step) == last
+            continue
+        share *= decay if step > first else 1.0
+        last = step
+        assert share == pytest.approx(step ** -(gamma_of(length) + 1.0), rel=1e-9, abs=0.0)
+    assert {stride(step) for step in range(1, 5 * 2 * RESOLUTION)} == {1, 2, 4, 8}
+
+
+def test_a_long_average_in_fp32_follows_weights_that_hardly_move() -> None:
+    """Updates at every step would be below the rounding of the average, which then stands still."""
+    length, steps, noise = 0.2, 30_000, 1e-4
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, generator=generator, dtype=torch.float64)
+    average, exact = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
+    for step in range(1, steps + 1):
+        drift = 10 * noise * step / steps
+        weights = base + noise * torch.randn(64, generator=generator, dtype=torch.float64) + drift
+        decay = power_decay(step, length)
+        if decay is not None:
+            average.lerp_(weights.float(), 1.0 - decay)
+        exact.lerp_(weights, 1.0 - (1.0 - 1.0 / step) ** (gamma_of(length) + 1.0))
+    assert (average - exact).norm() < 0.05 * (exact - weights).norm()
