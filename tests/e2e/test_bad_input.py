@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 from PIL import Image
 
 from rddm_dist.cli import main as entry
+from rddm_dist.training.ownership import OWNER_PATTERN
 from tests.e2e.conftest import TinyRun
 from tests.support.datasets import make_dataset, make_folders
+from tests.support.ownership_probe import Child
 from tests.support.processes import rddm
 
 Refused = Callable[..., str]
@@ -185,6 +188,35 @@ def test_continuing_with_another_identity(refused: Refused, tiny_run: TinyRun, t
     other = make_dataset(tmp_path, count=5, size=(40, 48), seed=9)
     assert "was started on other data" in refused("train", tiny_run.config, f"data.uri={other}")
     assert (tiny_run.run_dir / "config.yaml").read_bytes() == before
+
+
+def test_a_run_folder_in_use(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny_run.run_dir, run_dir)
+    (run_dir / "model.safetensors").unlink()
+    before = sorted(path.name for path in run_dir.iterdir())
+    with Child(run_dir) as other:
+        assert other.ask("take") == "taken"
+        line = refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}")
+        assert f"run folder {run_dir} is in use by pid {other.pid}" in line and "another run.name" in line
+    assert sorted(path.name for path in run_dir.iterdir() if not OWNER_PATTERN.fullmatch(path.name)) == before
+
+
+def test_a_checkpoint_of_a_newer_version(refused: Refused, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """It is not passed over in favour of an older one, as a damaged one is."""
+    run_dir = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny_run.run_dir, run_dir)
+    commit = run_dir / "checkpoints" / "step-00000010" / "COMMIT.json"
+    body = json.loads(commit.read_text())
+    commit.write_text(json.dumps({**body, "format_version": body["format_version"] + 1}))
+    line = refused("train", tiny_run.config, f"run.storage={tmp_path / 'runs'}")
+    assert "has checkpoint format 3, this version of rddm-dist reads up to 2; upgrade it" in line
+    assert "has checkpoint format 3" in refused("evaluate", run_dir, "--data", tiny_run.data)
+
+
+def test_mlflows_default_store_cannot_be_at_a_url(refused: Refused, tiny_run: TinyRun) -> None:
+    line = refused("train", tiny_run.config, "run.storage=s3://bucket/runs", "tracking.backend=mlflow")
+    assert "run.storage=s3://bucket/runs" in line and "set tracking.uri" in line
 
 
 def test_names_are_taken_as_they_are(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -102,7 +104,9 @@ def run_workers(
     """Run one command as `world_size` workers of a group, the way torchrun sets them up.   -> by rank"""
     processes = start_workers(command, world_size, cwd=cwd, env=env)
     try:
-        return [finish(process, timeout_s=timeout_s) for process in processes]
+        # All at once: one that fills its pipe while another is read would hold up the group.
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(partial(finish, timeout_s=timeout_s), processes))
     finally:
         for process in processes:
             kill_group(process)

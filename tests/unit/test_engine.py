@@ -12,15 +12,25 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import ConfigError
-from rddm_dist.config import EngineSection, OptimSection
+from rddm_dist.config import Config, EngineSection, OptimSection
 from rddm_dist.model.net import build_net
 from rddm_dist.training.engine import (
     LEFT_LOCK_S,
+    MAX_BUCKET,
     OPTIMIZERS,
     _drop_left_lock,
     check_engine,
     deepspeed_config,
     parameter_groups,
+)
+from rddm_dist.training.engine_keys import (
+    CLOSED_KEYS,
+    CLOSED_ZERO_KEYS,
+    COUNTS,
+    DERIVED_KEYS,
+    OPEN_KEYS,
+    SWITCHES,
+    ZERO,
 )
 from rddm_dist.training.plan import make_plan
 
@@ -34,11 +44,19 @@ def test_batch_sizes_are_derived_and_multiply() -> None:
 
 def test_further_keys_are_merged_into_the_derived_ones() -> None:
     plan = make_plan(global_batch=2, world_size=1, micro_batch=0)
-    engine = EngineSection(zero_stage=3, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}, "seed": 3})
+    engine = EngineSection(zero_stage=3, deepspeed={ZERO: {"reduce_bucket_size": 7, "reduce_scatter": False}})
+    check_engine(engine, on_gpu=False)
     config = deepspeed_config(engine, OptimSection(), plan)
-    assert config["zero_optimization"]["stage"] == 3
-    assert config["zero_optimization"]["reduce_bucket_size"] == 7
-    assert config["seed"] == 3
+    assert config[ZERO]["stage"] == 3
+    assert config[ZERO]["reduce_bucket_size"] == 7
+    assert config[ZERO]["reduce_scatter"] is False
+
+
+@pytest.mark.parametrize("parameters", [1, 1000, MAX_BUCKET, 2 * MAX_BUCKET])
+def test_gradients_are_reduced_in_a_buffer_no_larger_than_the_network(parameters: int) -> None:
+    plan = make_plan(global_batch=2, world_size=1, micro_batch=0)
+    config = deepspeed_config(EngineSection(), OptimSection(), plan, parameters=parameters)
+    assert config[ZERO]["reduce_bucket_size"] == min(parameters, MAX_BUCKET)
 
 
 @pytest.mark.parametrize(
@@ -47,13 +65,61 @@ def test_further_keys_are_merged_into_the_derived_ones() -> None:
         ({"precision": "fp16"}, "needs a GPU"),
         ({"precision": "bf16", "zero_stage": 0}, "set engine.zero_stage=1"),
         ({"offload_optimizer": True, "zero_stage": 0}, "needs engine.zero_stage 1, 2 or 3"),
-        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "engine.deepspeed.zero_optimization.stage is derived"),
-        ({"deepspeed": {"train_batch_size": 4}}, "engine.deepspeed.train_batch_size is derived"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_engine(EngineSection.model_validate(settings), on_gpu=False)
+
+
+def refusal(deepspeed: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_engine(EngineSection(deepspeed=deepspeed), on_gpu=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def nested(key: str, value: object) -> dict[str, object]:
+    first, _, rest = key.partition(".")
+    return {first: {rest: value} if rest else value}
+
+
+@pytest.mark.parametrize("key", DERIVED_KEYS)
+def test_a_derived_key_is_refused_and_ours_named(key: str) -> None:
+    ours = DERIVED_KEYS[key]
+    assert refusal(nested(key, 1)) == f"engine.deepspeed.{key} is derived; remove it and set {ours}"
+    value: object = Config()
+    for part in ours.split("."):
+        value = getattr(value, part)
+
+
+@pytest.mark.parametrize("key", [*CLOSED_KEYS, *(f"{ZERO}.{key}" for key in CLOSED_ZERO_KEYS)])
+def test_a_key_that_would_change_a_step_or_move_its_state_is_refused(key: str) -> None:
+    assert refusal(nested(key, True)).startswith(f"engine.deepspeed.{key} is not supported; remove it")
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "said"),
+    [
+        ({"zero_optimisation": {}}, f"zero_optimisation is no key of DeepSpeed; the nearest is {ZERO}"),
+        ({"train_batchsize": 1}, "train_batchsize is no key of DeepSpeed; the nearest is train_batch_size"),
+        ({ZERO: {"overlap_com": True}}, f"overlap_com is no key of DeepSpeed; the nearest is {ZERO}.overlap_comm"),
+        ({"reduce_bucket_size": 1}, f"no key of DeepSpeed; the nearest is {ZERO}.reduce_bucket_size"),
+        ({ZERO: 2}, f"{ZERO} must be a mapping"),
+        ({ZERO: None}, f"{ZERO} must be a mapping"),
+        ({ZERO: {"overlap_comm": 1}}, "overlap_comm=1 must be true or false"),
+        ({ZERO: {"reduce_bucket_size": "5e8"}}, "reduce_bucket_size='5e8' must be a whole number of at least 1"),
+        ({ZERO: {"reduce_bucket_size": 0}}, "reduce_bucket_size=0 must be a whole number of at least 1"),
+        ({ZERO: {"reduce_bucket_size": True}}, "reduce_bucket_size=True must be a whole number of at least 1"),
+    ],
+)
+def test_a_mistaken_further_key_is_refused(deepspeed: dict[str, object], said: str) -> None:
+    assert said in refusal(deepspeed)
+
+
+def test_every_further_key_passes_with_a_value_of_its_kind() -> None:
+    zero = {**dict.fromkeys(SWITCHES, True), **COUNTS}
+    check_engine(EngineSection(deepspeed={ZERO: zero}), on_gpu=False)
 
 
 def two_networks() -> nn.ModuleDict:
