@@ -119,7 +119,7 @@ def test_a_mistaken_further_key_is_refused(deepspeed: dict[str, object], said: s
 
 def test_every_further_key_passes_with_a_value_of_its_kind() -> None:
     zero = {**dict.fromkeys(SWITCHES, True), **COUNTS}
-    check_engine(EngineSection(deepspeed={ZERO: zero}), on_gpu=False)
+    check_engine(EngineSection(deepspeed={ZERO: zero, **dict.fromkeys(OPEN_KEYS)}), on_gpu=False)
 
 
 def two_networks() -> nn.ModuleDict:
