@@ -1,4 +1,4 @@
-"""`rddm checkpoint import` and `export`: models from the authors' trainer files, and models for others."""
+"""`rddm checkpoint`: models from the authors' trainer files and for others; what runs have saved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rddm_dist.cli import checkpoint_state
 from rddm_dist.cli.evaluate import MODEL_HELP
 from rddm_dist.cli.progress import say
 
@@ -18,9 +19,12 @@ EXPORT_EXAMPLE = "Example: rddm checkpoint export runs/demo --out demo.safetenso
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Models from the authors' code and for others.", no_args_is_help=True)
+    group = typer.Typer(
+        help="What runs have saved; models from the authors' code and for others.", no_args_is_help=True
+    )
     group.command("import", epilog=IMPORT_EXAMPLE)(import_command)
     group.command("export", epilog=EXPORT_EXAMPLE)(export_command)
+    checkpoint_state.register(group)
     app.add_typer(group, name="checkpoint")
 
 

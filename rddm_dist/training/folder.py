@@ -99,7 +99,12 @@ class JournalMirror:
         """
         if not self._folder.is_remote:
             return
-        there = read_segments(self._folder)
+        there, stranded = _segments(self._folder)
+        if stranded:
+            # Left there, they would be joined to what this start writes over the gap.
+            log.warning("the %s of %s has a gap; %d later segment(s) go", SEGMENTS, self._folder.home, len(stranded))
+        for name in stranded:
+            self._folder.remove(f"{SEGMENTS}/{name}")
         here = self._path.read_bytes() if self._path.exists() else b""
         if not here.startswith(there):
             self._path.write_bytes(there)
@@ -139,13 +144,19 @@ class JournalMirror:
 
 def read_segments(folder: RunFolder) -> bytes:
     """The journal as it stands at a remote home, up to the first gap."""
+    return _segments(folder)[0]
+
+
+def _segments(folder: RunFolder) -> tuple[bytes, list[str]]:
+    """`read_segments`, and the names of the segments behind the gap."""
     place = folder.uri(SEGMENTS)
+    names = storage.list_names(place, retry=RETRY)
     content = b""
-    for name in storage.list_names(place, retry=RETRY):
+    for index, name in enumerate(names):
         if int(name.partition(".")[0]) != len(content):
-            break
+            return content, names[index:]
         content += storage.read_bytes(storage.join(place, name), retry=RETRY)
-    return content
+    return content, []
 
 
 def last_record(folder: RunFolder, event: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ class Retention:
         return {step: " ".join(reasons[step]) for step in sorted(reasons)}
 
     def best(self, steps: Collection[int], scores: Mapping[int, float]) -> list[int]:
-        """The steps that keep_best keeps, the best first; those without a value are no candidates."""
+        """The steps that keep_best keeps, the best first; those without a value, or with nan, are no candidates."""
         sign = 1.0 if self.metric in BEST_IS_LOWEST else -1.0
-        candidates = sorted((sign * scores[step], step) for step in steps if step in scores)
+        values = [(sign * scores[step], step) for step in steps if step in scores]
+        candidates = sorted(value for value in values if not math.isnan(value[0]))
         return [step for _, step in candidates[: self.keep_best]]
 
 
@@ -58,7 +60,11 @@ def retention_of(train: TrainSection) -> Retention:
 
 def read_scores(journal: Path, metric: str) -> dict[int, float]:
     """Step -> value of a metric, as a run's journal has it; the last word counts."""
-    records: list[dict[str, Any]] = read_journal(journal)
+    return scores_in(read_journal(journal), metric)
+
+
+def scores_in(records: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """`read_scores` of records that are read already."""
     return {
         int(record["step"]): float(record["metrics"][metric])
         for record in records
