@@ -45,6 +45,7 @@ def configure(path: Path, *, level: int = logging.INFO) -> None:
             logger.removeHandler(handler)
         logger.propagate = True
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a disk that takes no more records is not worth a traceback per record
 
 
 class _Console(logging.Handler):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK = 1 << 16
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -22,18 +27,37 @@ class Journal:
             complete = complete_bytes(path)
             if complete < file.tell():
                 file.truncate(complete)
-        self._file = open(path, "ab")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._waiting = b""  # what a full disk has not taken yet
+        self._is_told = False
         self._lock = threading.Lock()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record and flush it; safe from any thread."""
         line = json.dumps(json_safe(record), separators=(",", ":"), allow_nan=False) + "\n"
         with self._lock:
-            self._file.write(line.encode())
-            self._file.flush()
+            self._waiting += line.encode()
+            self._write()
 
     def close(self) -> None:
-        self._file.close()
+        """Write what is still waiting, if there is room now, and close the file."""
+        with self._lock:
+            self._write()
+            self._file.close()
+
+    def _write(self) -> None:
+        """Write what is waiting; a disk that is full gets it with a later record."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if not self._is_told:
+                log.warning("%s takes no more (%s); records wait in memory", self._file.name, error.strerror)
+            self._is_told = True
+        else:
+            self._is_told = False
 
 
 def json_safe(value: Any) -> Any:

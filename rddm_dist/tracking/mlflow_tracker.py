@@ -69,6 +69,7 @@ class MlflowTracker:
         self._final_status = "FINISHED"
         self._is_complete = False
         self._is_reopened = False
+        self._is_told = False
 
     def start(
         self,
@@ -258,10 +259,16 @@ class MlflowTracker:
         return _State(**json.loads(self._state_path.read_text())) if self._state_path.exists() else None
 
     def _save_state(self) -> None:
-        self._state_path.parent.mkdir(parents=True, exist_ok=True)
+        """What is not written down is sent again by the next start; a full disk does not end the run."""
         temporary = self._state_path.with_name(f".{STATE_FILE}.tmp")
-        temporary.write_text(json.dumps(asdict(self._state)))
-        os.replace(temporary, self._state_path)
+        try:
+            self._state_path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(self._state)))
+            os.replace(temporary, self._state_path)
+        except OSError as error:
+            level = logging.DEBUG if self._is_told else logging.WARNING
+            log.log(level, "%s cannot be written: %s", self._state_path, error.strerror or error)
+            self._is_told = True
 
 
 def is_behind(run_dir: Path, journal: Path) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data_pipeline import storage
 from data_pipeline.errors import ModelError
-from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy
+from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy, one_line
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import Engine, Piece
@@ -170,7 +170,7 @@ def read_commit(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Checkpoint:
         body = json.loads(storage.read_bytes(place, retry=retry))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(f"{uri} has no {COMMIT}: the checkpoint was never finished") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{place} cannot be read: {error}") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -179,13 +179,16 @@ def read_commit(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Checkpoint:
         )
     if not isinstance(body, dict) or body.get("sha256") != _body_digest(body):
         raise ModelError(f"{place} is damaged: its own sha256 does not match")
-    return Checkpoint(
-        uri=uri,
-        time=float(body.get("time", 0.0)),
-        progress=_parse_progress(body["progress"]),
-        shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
-        files={name: (entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()},
-    )
+    try:
+        return Checkpoint(
+            uri=uri,
+            time=float(body.get("time", 0.0)),
+            progress=_parse_progress(body["progress"]),
+            shapes={name: tuple(shape) for name, shape in body["shapes"].items()},
+            files={name: (entry["bytes"], entry["sha256"]) for name, entry in body["files"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # written so: its sha256 is right
+        raise ModelError(f"{place} says what no version of rddm-dist writes: {one_line(error)}") from error
 
 
 def _parse_progress(values: Mapping[str, Any]) -> Progress:

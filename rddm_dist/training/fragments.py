@@ -186,7 +186,7 @@ class Fragments:
 
     def _read(self, uri: str, chunk: list[_Part]) -> None:
         first, last = chunk[0].low, max(part.high for part in chunk)
-        data = bytearray(storage.read_range(uri, first, last - first, retry=self._retry))
+        data = bytearray(_read_range(uri, first, last - first, self._retry))
         if len(data) != last - first:
             raise ModelError(f"{uri} ended before byte {last}")
         for low, high, target in chunk:
@@ -196,11 +196,11 @@ class Fragments:
 def _read_header(uri: str, retry: RetryPolicy) -> list[tuple[Key, int, int]]:
     """(what, elements, first byte in the file) of every tensor. ModelError for what is no file of ours."""
     try:
-        (length,) = struct.unpack("<Q", storage.read_range(uri, 0, 8, retry=retry))
+        (length,) = struct.unpack("<Q", _read_range(uri, 0, 8, retry))
         room = storage.size(uri, retry=retry) - 8 - length
         if room < 0 or length > HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, the file {8 + length + room}")
-        header = json.loads(storage.read_range(uri, 8, length, retry=retry))
+        header = json.loads(_read_range(uri, 8, length, retry))
         if not isinstance(header, dict):
             raise ValueError("its header names no tensors")
         found = [(*_parse_entry(name, entry), name) for name, entry in header.items() if name != "__metadata__"]
@@ -234,6 +234,14 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> tuple[Key, int, int]:
     if entry["dtype"] != "F32" or high - low != numel * ITEM_BYTES:
         raise ValueError(f"tensor {name} does not fit its shape")
     return key, numel, low
+
+
+def _read_range(uri: str, start: int, length: int, retry: RetryPolicy) -> bytes:
+    """`storage.read_range`, which keeps local files open: a deleted checkpoint would go on taking room."""
+    if not storage.is_local(uri):
+        return storage.read_range(uri, start, length, retry=retry)
+    with open(storage.local_path(uri), "rb") as file:
+        return os.pread(file.fileno(), length, start)
 
 
 def _chunks(parts: list[_Part]) -> list[list[_Part]]:

@@ -52,7 +52,7 @@ class Keeper:
         self._checkpoints = Series(
             prepared.folder.uri(folder),
             Snapshot(ckpt.sources(engine.pieces, ema)) if is_writer else None,
-            after=self._prune,
+            after=self.prune,
         )
         self._averages = Series(
             prepared.folder.uri(ckpt.AVERAGES), Snapshot(ckpt.averages(ema, lengths)) if is_writer else None
@@ -137,7 +137,9 @@ class Keeper:
         if self._owner is not None:
             self._owner.check()
 
-    def _prune(self, step: int) -> None:
-        """What the newest checkpoint makes dispensable."""
+    def prune(self, step: int) -> None:
+        """Remove what the newest checkpoint, that of `step`, and the scores known by now make dispensable. Rank 0."""
+        if comm.rank() != 0:
+            return
         retention = retention_of(self._prepared.config.train)
         sweep(self._checkpoints.folder, retention, newest=step, scores=self._reporting.scores, retry=RETRY)

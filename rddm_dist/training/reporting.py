@@ -67,8 +67,12 @@ class Reporting:
     def preview(self, step: int, grid: Image.Image) -> None:
         """Keep a grid of restored images."""
         path = self._prepared.run_dir / "samples" / f"step-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        grid.save(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            grid.save(path)
+        except OSError as error:
+            log.warning("the preview of step %d could not be kept: %s", step, error)
+            return
         self.event("preview", step=step, path=str(path))
         self._artifact(path, "samples")
         if self._mirror is not None:

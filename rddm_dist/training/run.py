@@ -30,7 +30,7 @@ from rddm_dist.training.prepare import Prepared, look_again, make_run_dir, prepa
 from rddm_dist.training.preview import Preview
 from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting, open_reporting
-from rddm_dist.training.retention import Retention, drop, retention_of, sweep
+from rddm_dist.training.retention import Retention, drop, sweep
 from rddm_dist.training.search import Search
 from rddm_dist.training.selection import SEARCH_DIR, Selection, with_outcome, write_selection
 from rddm_dist.training.state import Start, check_room, check_same_init, draw_net, find_start, load_init, load_state
@@ -38,7 +38,7 @@ from rddm_dist.training.step import StepResult, Word, measures, train_step
 from rddm_dist.training.stopping import StopFlag, clear_request
 
 EXPORT_FILE = "model.safetensors"
-EVERYTHING = 10**9
+EVERYTHING = Retention(keep_last=10**9)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def _train_as_owner(
     """Everything between taking the run folder and letting it go.   -> (last finished step, how the run ended)"""
     start = find_start(prepared)
     is_searching = prepared.config.diffusion.objective == "auto" and start.selection is None
+    _clear(prepared, start, is_searching=is_searching)
     phase: Search | Training
     phase = Search(prepared, topology, start) if is_searching else open_training(prepared, topology, start)
     reporting = open_reporting(
@@ -179,17 +180,23 @@ def _use_threads(config: Config, topology: Topology) -> None:
     torch.set_num_threads(config.engine.threads or shared)
 
 
+def _clear(prepared: Prepared, start: Start, *, is_searching: bool) -> None:
+    """Rank 0 removes what is unfinished or newer than where the run goes on. What else need not be kept goes with the
+    next commit, when scores are known."""
+    folder = prepared.folder
+    with comm.together():
+        if comm.rank() == 0:
+            sweep(folder.uri(SEARCH_DIR if is_searching else ckpt.CHECKPOINTS), EVERYTHING, newest=start.step)
+            if not is_searching:
+                sweep(folder.uri(ckpt.AVERAGES), EVERYTHING, newest=start.step)
+
+
 def _settle(prepared: Prepared, start: Start, *, is_searching: bool) -> None:
-    """Rank 0 makes the folder a run and clears what an earlier start left in it."""
+    """Rank 0 makes the folder a run, without what an earlier start of another kind left in it."""
     train, folder = prepared.config.train, prepared.folder
     with comm.together():
         if comm.rank() == 0:
             write_identity(prepared)
-            row = folder.uri(SEARCH_DIR if is_searching else ckpt.CHECKPOINTS)
-            # Scores are not known yet: what was good enough before stays until the next commit.
-            sweep(row, replace(retention_of(train), keep_last=EVERYTHING), newest=start.step)
-            if not is_searching:
-                sweep(folder.uri(ckpt.AVERAGES), Retention(EVERYTHING), newest=start.step)
             if start.selection is not None:
                 _keep(start.selection, folder)
             if is_searching or start.step < train.steps:
@@ -251,6 +258,7 @@ def _train(training: Training, stop: StopFlag, reporting: Reporting, owner: Owne
                 actions=_make_actions(training, reporting, keeper),
                 names=Names(),
             )
+            keeper.prune(step)
         finally:
             keeper.close()
             loader.close()

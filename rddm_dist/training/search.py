@@ -40,7 +40,7 @@ from rddm_dist.training.prepare import Prepared
 from rddm_dist.training.quarantine import Quarantine
 from rddm_dist.training.reporting import Reporting
 from rddm_dist.training.selection import SEARCH_DIR, Selection
-from rddm_dist.training.state import Start, draw_net, load_state
+from rddm_dist.training.state import Start, check_room, draw_net, load_state
 from rddm_dist.training.step import MicroBatch, StepResult, Word, agree, measures, run_micro_batches
 from rddm_dist.training.stopping import StopFlag
 
@@ -97,6 +97,9 @@ class Search:
 
     def __init__(self, prepared: Prepared, topology: Topology, start: Start) -> None:
         config = prepared.config
+        with comm.together():
+            if comm.rank() == 0:
+                check_room(prepared, draw_net(config))
         net = SearchNet(draw_net(config), config, make_schedule(config.diffusion).to(topology.device))
         # Compiling would take in the drawing of noise as well, and a search is short.
         settings = config.engine.model_copy(update={"compile": False})
