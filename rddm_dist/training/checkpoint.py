@@ -357,7 +357,8 @@ def _read_state(checkpoint: Checkpoint, engine: Engine, ema: Ema, retry: RetryPo
 
 def gather_full(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Assemble whole fp32 tensors on rank 0 from every rank's pieces; None elsewhere. All ranks call it."""
-    mine = [(piece.name, piece.start, piece.weight.cpu()) for piece in pieces]
+    # Copies, because a view would be sent with all of the storage that it looks into.
+    mine = [(piece.name, piece.start, piece.weight.detach().cpu().clone()) for piece in pieces]
     parts = comm.gather_object(mine)
     if parts is None:
         return None

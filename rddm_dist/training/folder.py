@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -95,9 +96,11 @@ class JournalMirror:
         """Make the local journal go on from the one at home.
 
         A local one that begins with it stays, points behind its end included; another one is of an earlier life of the
-        run on this machine, and gives way.
+        run on this machine, and gives way. A run folder that was copied between a disk and a URL brings its journal in
+        the other form.
         """
         if not self._folder.is_remote:
+            self._take_segments()
             return
         there, stranded = _segments(self._folder)
         if stranded:
@@ -105,6 +108,7 @@ class JournalMirror:
             log.warning("the %s of %s has a gap; %d later segment(s) go", SEGMENTS, self._folder.home, len(stranded))
         for name in stranded:
             self._folder.remove(f"{SEGMENTS}/{name}")
+        there = self._take_whole(there)
         here = self._path.read_bytes() if self._path.exists() else b""
         if not here.startswith(there):
             self._path.write_bytes(there)
@@ -115,6 +119,24 @@ class JournalMirror:
             else:
                 local.write_bytes(tracker)
         self._sent = len(there)
+
+    def _take_segments(self) -> None:
+        """In a folder: what the run wrote at a URL goes on in the one file."""
+        if not self._folder.exists(SEGMENTS):
+            return
+        segments, _ = _segments(self._folder)
+        here = self._folder.read(JOURNAL_FILE) or b""
+        if segments.startswith(_complete(here)):
+            self._folder.write(JOURNAL_FILE, segments)
+        shutil.rmtree(self._folder.work / SEGMENTS)
+
+    def _take_whole(self, segments: bytes) -> bytes:
+        """At a URL: what the run wrote in a folder goes on in segments.   -> the journal"""
+        whole = _complete(self._folder.read(JOURNAL_FILE) or b"")
+        if len(whole) <= len(segments) or not whole.startswith(segments):
+            return segments
+        self._folder.write(f"{SEGMENTS}/{len(segments):012d}.jsonl", whole[len(segments) :])
+        return whole
 
     def add(self, name: str) -> None:
         """Send this file of the work folder with the next commit."""
@@ -157,6 +179,11 @@ def _segments(folder: RunFolder) -> tuple[bytes, list[str]]:
             return content, names[index:]
         content += storage.read_bytes(storage.join(place, name), retry=RETRY)
     return content, []
+
+
+def _complete(content: bytes) -> bytes:
+    """A journal up to its last line end."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def last_record(folder: RunFolder, event: str) -> dict[str, Any]:

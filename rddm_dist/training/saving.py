@@ -190,13 +190,14 @@ class Saver:
         tables = [self._await_receipts(save, series) for series in save.series]
         self._before_commit()
         self._guard()
-        for series, files in zip(save.series, tables, strict=True):
+        # Checkpoints are committed last: a run that goes on from one must not miss what belongs to its step.
+        for series, files in reversed(list(zip(save.series, tables, strict=True))):
             folder = ckpt.step_folder(series.folder, save.step)
             committed = ckpt.write_commit(folder, save.progress, self._shapes, files, retry=self._retry)
             save.num_bytes += committed.num_bytes
-        save.is_committed = True
         for series in save.series:
             series.after(save.step)
+        save.is_committed = True  # and nothing is left to wait for
 
     def _await_receipts(self, save: _Save, series: Series) -> dict[str, tuple[int, str]]:
         """Wait until every rank has written.   -> name -> (bytes, sha256) of all files"""

@@ -2,15 +2,16 @@
 
 state_probe.py FOLDER LINK
 
-FOLDER/chain.json: {"links": [[world size, steps], ...], "rows": {name: {"precision": ..., "stages": [one a link]}}}.
-A row loads what the link before has saved, trains its steps, saves, goes on undisturbed, then does so once more from
-what it has saved. The first link goes on to the last step of the chain. What was seen goes to FOLDER/link-LINK.json:
+FOLDER/chain.json: {"links": [[world size, steps, further steps], ...],
+                    "rows": {name: {"precision": ..., "stages": [one a link]}}}
+A row loads what the link before has saved, trains its steps, saves, goes on undisturbed for the further steps, and does
+those once more from what it has saved. What was seen goes to FOLDER/link-LINK.json:
   compared, differing   tensors put together after the load, and the names of those that are not what was saved
   optimizer_step        after the load
   losses                of the link's steps
   ema_errors            kind -> largest distance from the float64 reference, relative to the weights of the parameter
   undisturbed, again    losses of the steps after the save, and once more after a load of it
-  again_differing       names of the tensors that differ at the end of those
+  again_compared, again_differing   tensors at the end of those, and the names of those that differ
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ from rddm_dist.training.plan import make_plan
 from rddm_dist.training.saving import Saver, Series
 
 BATCH, LR = 4, 1e-4
-FURTHER = 3  # undisturbed steps after the save of a link that is not the first
-# Updates at steps 1, 3, 5...: copies up to step 3, blends from then on.
-EMA = EmaSection(update_every=2, start_step=1, decay=0.9, lengths=(0.05, 0.2))
+EMA = EmaSection(update_every=1, start_step=0, decay=0.9, lengths=(0.05, 0.2))  # blends from step 3 on
 CONFIG = Config(
     model=ModelSection(dim=8, dim_mults=(1, 2), num_nets=1), diffusion=DiffusionSection(objective="pred_res")
 )
@@ -97,17 +96,28 @@ class Trainee:
         return losses
 
     def state(self) -> State:
-        """All there is to save, put together without the checkpoint's format: "<kind>/<parameter>"; {} but on rank 0"""
-        sets = {ckpt.WEIGHT: list(self.engine.pieces)}
+        """All there is to save, put together without the checkpoint's code; the pieces must cover every parameter.
+
+        ->  "<kind>/<parameter>" -> fp32 of its shape; {} but on rank 0
+        """
+        found = [(ckpt.WEIGHT, piece.name, piece.start, piece.weight) for piece in self.engine.pieces]
         for kind in MOMENTS:
-            sets[kind] = [replace(piece, weight=piece.moments[kind]) for piece in self.engine.pieces]
+            found += [(kind, piece.name, piece.start, piece.moments[kind]) for piece in self.engine.pieces]
         for profile in self.ema.profiles:
-            sets[profile.kind] = self.ema.as_pieces(profile.kind)
-        return {
-            f"{kind}/{name}": value
-            for kind, pieces in sets.items()
-            for name, value in (ckpt.gather_full(pieces, self.engine.shapes) or {}).items()
-        }
+            pieces = self.ema.as_pieces(profile.kind)
+            found += [(profile.kind, piece.name, piece.start, piece.weight) for piece in pieces]
+        index = [(f"{kind}/{name}", start, values.numel()) for kind, name, start, values in found]
+        parts = comm.gather_object((index, torch.cat([values for *_, values in found])))
+        if parts is None:
+            return {}
+        kinds = (ckpt.WEIGHT, *MOMENTS, *(profile.kind for profile in self.ema.profiles))
+        shapes = self.engine.shapes
+        state = {f"{kind}/{name}": torch.full(shapes[name], torch.nan) for kind in kinds for name in shapes}
+        for entries, flat in parts:
+            for (key, start, numel), values in zip(entries, flat.split([n for *_, n in entries]), strict=True):
+                state[key].view(-1)[start : start + numel] = values
+        assert not any(value.isnan().any() for value in state.values())
+        return state
 
     def load(self, folder: Path) -> None:
         found, _ = ckpt.find_newest_together(str(folder))
@@ -121,7 +131,7 @@ def build(stage: int, precision: Any, topology: Topology) -> Trainee:
         make_net(CONFIG),
         engine=EngineSection(zero_stage=stage, precision=precision),
         optim=OptimSection(lr=LR),
-        plan=make_plan(global_batch=BATCH, world_size=topology.world_size, micro_batch=1),
+        plan=make_plan(global_batch=BATCH, world_size=topology.world_size, micro_batch=2),
         topology=topology,
     )
     return Trainee(engine, make_ema(engine.pieces, profiles(EMA)), topology)
@@ -131,10 +141,11 @@ def step_once(engine: Engine, topology: Topology, step: int, *, lr: float = 1e-3
     """One optimizer step on counted random images.   -> the global mean loss"""
     plan, positions = engine.plan, torch.arange(BATCH) + BATCH * step
     mine = positions[topology.rank :: topology.world_size]
+    fillers = mine[:1].expand(plan.rows_per_rank - len(mine))
+    weights = torch.cat([torch.ones(len(mine)), torch.zeros(len(fillers))])
     total = 0.0
-    for micro in range(plan.accumulation):
-        rows = mine[micro : micro + 1] if micro < len(mine) else mine[:1]
-        weight = torch.tensor([1.0 if micro < len(mine) else 0.0])
+    parts = (torch.cat([mine, fillers]).split(plan.micro_batch), weights.split(plan.micro_batch))
+    for rows, weight in zip(*parts, strict=True):
         images = [normal_image(1, name, rows, channels=3, height=16, width=16).clamp(-1, 1) for name in ("a", "b")]
         losses = training_loss(
             engine,
@@ -174,7 +185,8 @@ def save(folder: Path, trainee: Trainee, step: int) -> None:
         on_saved=lambda saved: None,
         on_failed=fail,
     )
-    saver.start(progress, [Series(str(folder), Snapshot(ckpt.sources(engine.pieces, trainee.ema)) if is_writer else None)])
+    snapshot = Snapshot(ckpt.sources(engine.pieces, trainee.ema)) if is_writer else None
+    saver.start(progress, [Series(str(folder), snapshot)])
     assert saver.finish()
 
 
@@ -184,10 +196,10 @@ def differing(state: State, other: State) -> list[str]:
     return [name for name in state if not torch.equal(state[name].view(torch.int32), other[name].view(torch.int32))]
 
 
-def run_row(folder: Path, links: Sequence[tuple[int, int]], row: Mapping[str, Any], index: int, here: Topology) -> Any:
+def run_row(folder: Path, links: Sequence[Sequence[int]], row: Mapping[str, Any], index: int, here: Topology) -> Any:
     """->  what was seen, on rank 0 whole"""
-    first, count = sum(steps for _, steps in links[:index]), links[index][1]
-    further = FURTHER if index else sum(steps for _, steps in links) - count
+    _, count, further = links[index]
+    first = sum(steps for _, steps, _ in links[:index])
     stage, precision = row["stages"][index], row["precision"]
     seen: dict[str, Any] = {"compared": 0, "differing": []}
     reference = Reference()
@@ -210,16 +222,24 @@ def run_row(folder: Path, links: Sequence[tuple[int, int]], row: Mapping[str, An
     if here.rank == 0:
         save_file(state, folder / f"state-{index}.safetensors")
         save_file(reference.averages, folder / f"reference-{index}.safetensors")
-    undisturbed, ending = trainee.train(first + count, further), trainee.state()
-    trainee.engine.close()
-
-    trainee = build(stage, precision, here)
-    trainee.load(folder / f"link-{index}")
-    again = trainee.train(first + count, further)
-    seen["again_differing"] = differing(ending, trainee.state())
-    trainee.engine.close()
     worst = {kind: max(error[kind] for error in errors) for kind in errors[0]}
-    return {**seen, "losses": losses, "ema_errors": worst, "undisturbed": undisturbed, "again": again}
+    seen |= {"losses": losses, "ema_errors": worst, "undisturbed": trainee.train(first + count, further)}
+    ending = trainee.state()
+    trainee.engine.close()
+    return {**seen, **go_on_again(folder / f"link-{index}", ending, stage, precision, here, first + count, further)}
+
+
+def go_on_again(
+    saved: Path, ending: State, stage: int, precision: str, here: Topology, first: int, count: int
+) -> dict[str, Any]:
+    """Do further steps from a checkpoint in a new engine, and compare with the state they have ended in."""
+    if not count:
+        return {}
+    trainee = build(stage, precision, here)
+    trainee.load(saved)
+    losses, state = trainee.train(first, count), trainee.state()
+    trainee.engine.close()
+    return {"again": losses, "again_compared": len(state), "again_differing": differing(ending, state)}
 
 
 def weights_of(state: State) -> State:
