@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def train_on_ray(
     `on_event` hears every journal record as it appears. Raises the worker's own error when it is one of ours,
     else a TrainingFault that names the workers that failed.
     """
-    folder = run_folder(config)
+    folder, began = run_folder(config), time.time()
     run_dir = folder.work
     with ray_session(cpus=workers):
         trainer = _make_trainer(config, run_dir, workers=workers, gpus_per_worker=gpus_per_worker)
@@ -55,7 +56,8 @@ def train_on_ray(
         _fit(trainer, drain)
         drain()
     if not finished and folder.is_remote:
-        finished.update(last_record(folder, "finished"))  # the journal grew on another machine
+        record = last_record(folder, "finished")  # of a journal that grew on another machine
+        finished.update(record if record.get("time", 0.0) >= began else {})
     if not finished:
         raise TrainingFault(f"the workers ended without finishing; see {run_dir / 'logs'}")
     return TrainResult(status=finished["status"], step=finished["step"], run_dir=folder.home)

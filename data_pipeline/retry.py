@@ -61,18 +61,19 @@ class RetryPolicy:
     """How long to try; all in seconds.
 
     deadline_s: for one operation with all its attempts; attempt_timeout_s: for one attempt, where the filesystem can
-    be interrupted; first_delay_s, max_delay_s: the pause after the first failure, which doubles up to the largest.
+    be interrupted; transfer_s: that an attempt may take besides, for its bytes; first_delay_s, max_delay_s: the pause
+    after the first failure, which doubles up to the largest.
     """
 
     deadline_s: float = 120.0
     first_delay_s: float = 0.2
     max_delay_s: float = 10.0
     attempt_timeout_s: float = 30.0
+    transfer_s: float = 0.0
 
     def for_bytes(self, count: int) -> RetryPolicy:
         """The same with time to move `count` bytes over a slow line."""
-        extra_s = count / SLOWEST_BYTES_PER_S
-        return replace(self, deadline_s=self.deadline_s + extra_s, attempt_timeout_s=self.attempt_timeout_s + extra_s)
+        return replace(self, transfer_s=count / SLOWEST_BYTES_PER_S)
 
 
 DEFAULT_RETRY = RetryPolicy()
@@ -107,7 +108,7 @@ def call(
         attempt += 1
         left_s = policy.deadline_s - (clock() - start)
         try:
-            return operation(max(0.001, min(policy.attempt_timeout_s, left_s)))
+            return operation(max(0.001, min(policy.attempt_timeout_s, left_s)) + policy.transfer_s)
         except Exception as error:
             if not is_transient(error):
                 raise

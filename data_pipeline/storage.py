@@ -131,7 +131,12 @@ def list_names(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
     """Sorted names of what a folder holds; [] where there is no such folder. A missing bucket is a ConfigError."""
     if is_local(uri):
         folder = local_path(uri)
-        return sorted(os.listdir(folder)) if folder.exists() else []
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            if folder.exists():
+                raise
+            return []
     _, path = _remote(uri)
     what = f"the names in {shown(uri)}"
     try:

@@ -22,9 +22,7 @@ def main() -> None:
     from rddm_dist.cli.train import TrainConsole, run_overrides
     from rddm_dist.comm import leave, topology_from_env
     from rddm_dist.config import load_config
-    from rddm_dist.training.folder import run_folder
     from rddm_dist.training.run import Hooks, train
-    from rddm_dist.training.stopping import clear_request
 
     topology = topology_from_env()
     is_alone = True  # what goes wrong before the workers meet goes wrong on all of them
@@ -33,9 +31,8 @@ def main() -> None:
         config = load_config(arguments.config, overrides)
         is_alone = False
         if topology.rank == 0:
-            clear_request(run_folder(config))
             with TrainConsole(config) as console:
-                result = train(config, topology, Hooks(on_event=console.on_event))
+                result = train(config, topology, Hooks(on_event=console.on_event), forgets_request=True)
         else:
             result = train(config, topology)
         code = result.exit_code

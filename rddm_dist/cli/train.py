@@ -77,6 +77,7 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
     from cluster.ray_session import ray_session, require_resources
     from cluster.ray_train import train_on_ray
     from rddm_dist.log import configure as configure_logging
+    from rddm_dist.training.folder import JournalMirror
     from rddm_dist.training.ownership import take
     from rddm_dist.training.prepare import make_run_dir
     from rddm_dist.training.reporting import catch_up
@@ -92,8 +93,10 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
         return TrainResult("done", finished, prepared.home)
     if not gpus_per_worker and torch.cuda.is_available():
         say("training on CPUs although this machine has GPUs; add --gpus-per-worker 1 to use them")
-    with take(prepared.home):
-        pass  # in use, or not to be written: better known before Ray starts
+    with take(prepared.home):  # in use, or not to be written: better known before Ray starts
+        if prepared.folder.is_remote:
+            make_run_dir(prepared)
+            JournalMirror(prepared.folder).restore()  # the console goes on behind it
     say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.home}")
     say(f"starting Ray and {workers} worker(s); logs in {prepared.run_dir / 'logs'}")
     with ray_session(cpus=workers):

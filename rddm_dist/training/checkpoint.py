@@ -11,6 +11,7 @@ the same form and holds power-function averages alone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline import storage
-from data_pipeline.errors import ModelError
+from data_pipeline.errors import EnvironmentFault, ModelError, UserError
 from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy, one_line
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
@@ -38,6 +39,7 @@ FORMAT_VERSION = 2  # 1, of which some runs are left, listed the pieces in rank-
 COMMIT = "COMMIT.json"
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
 WEIGHT, EMA = "weight", "ema"
+DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR)  # errors of reading that do not pass
 STEP_NAME = re.compile(r"step-(\d{8,})")
 FileTable = Mapping[str, tuple[int, str]]  # name -> (bytes, sha256)
 
@@ -170,7 +172,9 @@ def read_commit(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> Checkpoint:
         body = json.loads(storage.read_bytes(place, retry=retry))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(f"{uri} has no {COMMIT}: the checkpoint was never finished") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(error, place, told=f"{place} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{place} cannot be read: {error}") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -215,9 +219,16 @@ def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1), retry: Re
         except FileNotFoundError as error:
             raise ModelError(f"{told}{name} is missing") from error
         except OSError as error:
-            raise ModelError(f"{told}{name} cannot be read ({error.strerror or error})") from error
+            raise _unreadable(error, uri, told=f"{told}{name} cannot be read ({error.strerror or error})") from error
         if sha256.hexdigest() != digest:
             raise ModelError(f"{told}the sha256 of {name} does not match")
+
+
+def _unreadable(error: OSError, uri: str, *, told: str) -> UserError:
+    """What it means that a file cannot be read: damage, or something that passes, for which nothing is given up."""
+    if error.errno in DAMAGE:
+        return ModelError(told)
+    return EnvironmentFault(f"{uri} cannot be read ({error.strerror or error}); mend that, then run it again")
 
 
 def list_steps(folder: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[int]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import storage
-from data_pipeline.errors import EnvironmentFault
+from data_pipeline.errors import EnvironmentFault, UserError
 from data_pipeline.retry import RetryPolicy
 from rddm_dist.config import Config
 from rddm_dist.tracking.journal import complete_bytes
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 CONFIG_FILE, IDENTITY_FILE, JOURNAL_FILE = "config.yaml", "identity.json", "metrics.jsonl"
 TRACKER_FILE = "mlflow.json"
 SEGMENTS = "journal"  # folder of the journal's segments at a URL, each named by its first byte
+SEGMENT_NAME = re.compile(r"\d+\.jsonl")
 RETRY = RetryPolicy(deadline_s=60.0)
 
 
@@ -59,7 +61,12 @@ class RunFolder:
         storage.write_bytes_atomic(self.uri(name), content, retry=RETRY)
 
     def exists(self, name: str) -> bool:
-        return storage.exists(self.uri(name), retry=RETRY)
+        try:
+            return storage.exists(self.uri(name), retry=RETRY)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"run.storage: {self.home} cannot be read ({error.strerror or error}); choose another --storage"
+            ) from error
 
     def remove(self, name: str) -> None:
         storage.remove(self.uri(name), retry=RETRY)
@@ -172,7 +179,7 @@ def read_segments(folder: RunFolder) -> bytes:
 def _segments(folder: RunFolder) -> tuple[bytes, list[str]]:
     """`read_segments`, and the names of the segments behind the gap."""
     place = folder.uri(SEGMENTS)
-    names = storage.list_names(place, retry=RETRY)
+    names = [name for name in storage.list_names(place, retry=RETRY) if SEGMENT_NAME.fullmatch(name)]
     content = b""
     for index, name in enumerate(names):
         if int(name.partition(".")[0]) != len(content):
@@ -194,8 +201,8 @@ def last_record(folder: RunFolder, event: str) -> dict[str, Any]:
 
 
 def try_sending(what: str, send: Callable[[], None]) -> None:
-    """Send what a run can do without; a failure is told, and ends nothing."""
+    """Send, or look for, what a run can do without; a failure is told, and ends nothing."""
     try:
         send()
-    except (OSError, EnvironmentFault) as error:
-        log.warning("%s could not be sent: %s", what, error)
+    except (OSError, UserError) as error:
+        log.warning("%s failed: %s", what, error)

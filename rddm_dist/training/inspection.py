@@ -115,7 +115,7 @@ def newest_sound(home: str) -> ckpt.Checkpoint:
 
 
 def _is_run(uri: str) -> bool:
-    return storage.exists(storage.join(uri, CONFIG_FILE))
+    return RunFolder(uri, storage.local_path(".")).exists(CONFIG_FILE)
 
 
 def _measure(uri: str) -> int:

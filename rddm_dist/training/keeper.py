@@ -81,8 +81,8 @@ class Keeper:
         """
         if result.has_lost_folder:
             error = EnvironmentFault(
-                f"{self._prepared.home} was taken over by another process "
-                f"({comm.broadcast_object(self._owner.lost if self._owner else None)}); this one has stopped"
+                f"{self._prepared.home} is no longer this run's "
+                f"({comm.broadcast_object(self._owner.lost if self._owner else None)}); it has stopped"
             )
             error.is_shared = True
             raise error

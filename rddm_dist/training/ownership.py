@@ -161,6 +161,11 @@ class Ownership:
             return
         looked = time.monotonic()
         self._owner = replace(self._owner, beat=self._owner.beat + 1, time=time.time())
+        if storage.is_local(self._uri):
+            # In place: however long it takes, it makes no file again that a new owner has removed.
+            with open(storage.local_path(self._uri), "r+b", buffering=0) as file:
+                file.write(self._owner.encoded())
+            return
         try:
             storage.write_bytes_atomic(self._uri, self._owner.encoded(), retry=BEAT_RETRY)
         finally:

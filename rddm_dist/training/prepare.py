@@ -186,12 +186,14 @@ def naming_init_from() -> Iterator[None]:
 
 def registry_of(config: Config) -> str:
     """The tracking URI that models:/ names of a run's configuration are looked up at."""
-    if not config.tracking.uri and not storage.is_local(config.run.storage):
+    if config.tracking.uri or not config.train.init_from.startswith("models:/"):
+        return config.tracking.uri
+    if not storage.is_local(config.run.storage):
         raise ConfigError(
             f"models:/ names are looked up at an MLflow server, and run.storage={config.run.storage} holds none; set "
             "tracking.uri"
         )
-    return config.tracking.uri or default_uri(config.run.storage)
+    return default_uri(config.run.storage)
 
 
 def _check_continuation(prepared: Prepared) -> Prepared:

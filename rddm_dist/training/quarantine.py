@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from data_pipeline.batch import Replaced
-from data_pipeline.errors import BadSample, DataError
+from data_pipeline.errors import BadSample, DataError, EnvironmentFault
 from data_pipeline.reader import Dataset
 from data_pipeline.retry import RetryPolicy
 from rddm_dist import comm
 from rddm_dist.training.folder import RunFolder
 from rddm_dist.training.prepare import QUARANTINE_FILE, Prepared
+
+log = logging.getLogger(__name__)
 
 LISTED = 10
 
@@ -48,6 +51,7 @@ class Quarantine:
         self._data, self._budget = prepared.data, prepared.config.data.bad_sample_budget
         self._retry = RetryPolicy(deadline_s=prepared.config.data.read_deadline_s)
         self._known: dict[tuple[str, str], _Row] = {}
+        self._is_behind = False  # what is known could not be written down yet
         with comm.together():
             if comm.rank() == 0:
                 self._known = _read(self._folder)
@@ -84,8 +88,13 @@ class Quarantine:
                 position=bad.position,
             )
             self._known.setdefault(row.sample, row)
-        if len(self._known) > before:
-            self._write()
+        if len(self._known) > before or self._is_behind:
+            try:
+                self._write()
+                self._is_behind = False
+            except (OSError, EnvironmentFault) as error:  # storage that is away costs no run
+                log.warning("%s cannot be written, it will be tried again: %s", self._path, error)
+                self._is_behind = True
 
     def _write(self) -> None:
         lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._known.values())

@@ -108,16 +108,16 @@ class Reporting:
     def finished(self, status: str, step: int, reason: str, *, seconds: float) -> None:
         self.event("finished", status=status, step=step, reason=reason, seconds=round(seconds, 3))
 
-    def close(self, status: str) -> None:
-        """Flush and close; `status` is done, stopped or failed."""
+    def close(self, status: str, *, is_ours: bool) -> None:
+        """Flush and close; `status` is done, stopped or failed. is_ours: whether the run folder still is this run's."""
         if self._journal is not None:
             self._journal.close()
         if self._tracker is not None:
             self._tracker.close({"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[status])
-        if self._mirror is not None:
-            try_sending("the journal", self._mirror.send)
+        if self._mirror is not None and is_ours:
+            try_sending("sending the journal", self._mirror.send)
             if status == "done":
-                try_sending("the journal", lambda: self._prepared.folder.send(JOURNAL_FILE))
+                try_sending("sending the journal", lambda: self._prepared.folder.send(JOURNAL_FILE))
 
     def _artifact(self, path: Path, folder: str) -> None:
         if self._tracker is not None:

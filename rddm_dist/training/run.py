@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.errors import EnvironmentFault
 from rddm_dist import comm
 from rddm_dist.comm import Topology
 from rddm_dist.config import Config
@@ -77,11 +78,14 @@ class Hooks:
     on_event: Callable[[dict[str, Any]], None] = lambda event: None
 
 
-def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> TrainResult:
+def train(
+    config: Config, topology: Topology, hooks: Hooks | None = None, *, forgets_request: bool = False
+) -> TrainResult:
     """Train until `train.steps`, or until a stop request, on this process's share of the workers.
 
     Every worker calls it with the same config. The run folder `<run.storage>/<run.name>` is continued when it exists.
-    With diffusion.objective=auto a search for the objective comes first.
+    With diffusion.objective=auto a search for the objective comes first. forgets_request: a stop request that lies
+    there was for an earlier start.
 
     Raises UserError for bad input and TrainingFault for a non-finite loss or a search without an outcome. What is found
     while setting up, saving or loading is raised on every worker (`error.is_shared`); what one worker meets in between,
@@ -97,6 +101,8 @@ def train(config: Config, topology: Topology, hooks: Hooks | None = None) -> Tra
             prepared = prepare(config, world_size=topology.world_size)
             if comm.rank() == 0:
                 owner = take(prepared.home)
+                if forgets_request:
+                    clear_request(prepared.folder)
         with comm.together():
             prepared = look_again(prepared)
             make_run_dir(prepared)
@@ -143,10 +149,21 @@ def _train_as_owner(
         reasons = comm.gather_object(stop.reason if status == "stopped" else "") or [""]
         reporting.finished(status, step, max(reasons, key=len), seconds=time.monotonic() - started)
     finally:
-        reporting.close(status)
-        if prepared.folder.is_remote:
-            try_sending("a log", lambda: prepared.folder.send(f"logs/rank-{topology.rank:05d}.log"))
+        is_ours = _is_ours(owner)
+        reporting.close(status, is_ours=is_ours)
+        if prepared.folder.is_remote and is_ours:
+            try_sending("sending a log", lambda: prepared.folder.send(f"logs/rank-{topology.rank:05d}.log"))
     return step, status
+
+
+def _is_ours(owner: Ownership | None) -> bool:
+    """Whether nobody else has the run folder, as far as this worker can see."""
+    try:
+        if owner is not None:
+            owner.check()
+    except EnvironmentFault:
+        return False
+    return True
 
 
 def completed_step(prepared: Prepared) -> int:
@@ -228,8 +245,9 @@ def _run(
     else:
         step, is_complete = _train(phase, stop, reporting, owner)
         phase.engine.close()
+    prepared = phase.prepared
     if not is_complete and comm.rank() == 0:
-        clear_request(phase.prepared.folder)
+        try_sending("the removal of the stop request", lambda: clear_request(prepared.folder))
     return step, "done" if is_complete else "stopped"
 
 

@@ -25,7 +25,7 @@ from rddm_dist.training.fragments import Snapshot
 log = logging.getLogger(__name__)
 
 POLL_S, REMOTE_POLL_S = 0.1, 1.0  # between two looks for the receipts of other ranks
-RECEIPT_LIMIT_S = 60.0  # that rank 0 waits for them when the run ends by an error
+RECEIPT_LIMIT_S = 120.0  # that rank 0 waits for them, once its own file is written and the steps wait as well
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,17 @@ class Saver:
 
     def start(self, progress: ckpt.Progress, series: Sequence[Series]) -> None:
         """Copy the state and begin to write it; waits first for a save that is still in flight."""
+        called = time.monotonic()
         self.finish()
         self._count += 1
-        started = time.monotonic()
-        save = _Save(progress.step, progress, series, f"{self._session}-{self._count}", started)
-        for each in series:
-            if each.snapshot is not None:
-                each.snapshot.take()
-        save.stall_s = time.monotonic() - started
+        save = _Save(progress.step, progress, series, f"{self._session}-{self._count}", time.monotonic())
+        try:
+            for each in series:
+                if each.snapshot is not None:
+                    each.snapshot.take()
+        except MemoryError as error:  # of one worker, which the others learn of in the next step
+            save.error = one_line(error)
+        save.stall_s = time.monotonic() - called
         save.thread = threading.Thread(target=self._write, args=(save,), name="checkpoint-writer", daemon=True)
         self._save = save
         save.thread.start()
@@ -131,9 +134,12 @@ class Saver:
         [num_failed] = comm.sum_floats([float(bool(save.error))])
         if num_failed:
             save.is_abandoned.set()
+        save.thread.join(RECEIPT_LIMIT_S)  # a file may be where rank 0 cannot see it
+        save.is_abandoned.set()  # ends the wait for receipts alone, no commit
         save.thread.join()
         reasons = comm.gather_object(save.error)
-        reason = comm.broadcast_object(next(filter(None, reasons or []), ""))
+        # That of rank 0 comes last: it may only have waited for the one that failed.
+        reason = comm.broadcast_object(next(filter(None, reversed(reasons or [])), ""))
         self._save = None
         if not reason:
             self._failures = 0
@@ -163,6 +169,8 @@ class Saver:
 
     def _write(self, save: _Save) -> None:
         try:
+            if save.error:
+                return
             for series in save.series:
                 self._write_rank(save, series)
             save.is_written.set()
@@ -188,6 +196,7 @@ class Saver:
 
     def _commit(self, save: _Save) -> None:
         tables = [self._await_receipts(save, series) for series in save.series]
+        self._guard()  # what is sent before the commit is the owner's, too
         self._before_commit()
         self._guard()
         # Checkpoints are committed last: a run that goes on from one must not miss what belongs to its step.
@@ -212,7 +221,9 @@ class Saver:
                 if receipt.get("attempt") == save.attempt:
                     break
                 if save.is_abandoned.wait(poll_s):
-                    raise EnvironmentFault(f"the file of worker {rank} did not come")
+                    raise EnvironmentFault(
+                        f"the file of worker {rank} did not come; run.storage must be a place that all workers share"
+                    )
             files[f"{name}.safetensors"] = (receipt["bytes"], receipt["sha256"])
             files[f"{name}.json"] = (len(content), ckpt.sha256_of(content))
         return files

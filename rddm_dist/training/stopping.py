@@ -49,7 +49,7 @@ class StopFlag:
         is_due = not self._folder.is_remote and time.monotonic() >= self._next_poll
         if not self._reason and is_due:
             self._next_poll = time.monotonic() + POLL_S
-            self._look()
+            try_sending("the look for a stop request", self._look)
         return self._reason
 
     def _watch(self) -> None:

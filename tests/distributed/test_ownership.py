@@ -81,6 +81,15 @@ def leave(home: str, name: str = FIRST, **said: object) -> None:
     storage.write_bytes_atomic(f"{home}/{name}", json.dumps({**record, **said}).encode())
 
 
+def test_one_that_stood_still_while_it_wrote_gives_the_folder_up(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "BEAT_S", 0.01)
+    with take(home) as owned:
+        monkeypatch.setattr(ownership, "PAUSE_S", 0.0)
+        wait_until(lambda: owned.lost != "")
+        assert "this process stood still for 0 s" in owned.lost
+    assert not storage.exists(f"{home}/{FIRST}")
+
+
 def test_a_file_is_created_once_and_then_stays(home: str) -> None:
     assert storage.create(f"{home}/x", b"first")
     assert not storage.create(f"{home}/x", b"second")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import ModelError
+from data_pipeline.errors import EnvironmentFault, ModelError
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.fragments import Fragments, Key, Request, Snapshot
 from rddm_dist.training.retention import Retention, sweep
@@ -165,6 +165,16 @@ def test_a_folder_in_place_of_a_file_is_noticed(home: Path, name: str) -> None:
     path.mkdir()
     check_refused(path.parent)
     check_skipped(home / "one")
+
+
+def test_a_file_that_cannot_be_read_right_now_is_no_damage(home: Path) -> None:
+    """The start is refused: a run that passed over the checkpoint would delete it."""
+    place = newest(home / "one") / "rank-00000.safetensors"
+    place.unlink()
+    place.symlink_to(place)
+    for find in (ckpt.find_newest, ckpt.find_newest_together):
+        with pytest.raises(EnvironmentFault, match="cannot be read .*; mend that, then run it again"):
+            find(str(home / "one"))
 
 
 def swap(one: Path, other: Path) -> None:
