@@ -36,13 +36,13 @@ check: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 tests/unit
 
 # Everything that needs no GPU, within 15 minutes on 2 cores: unit tests side by side, then those with processes of
-# their own.
+# their own, two files at a time.
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" tests/unit
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/distributed tests/e2e
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" tests/e2e tests/distributed
 
 test-slow: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
 
 bench: setup
 	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done

@@ -81,6 +81,7 @@ def test_over_budget_the_run_stops_on_all_workers_and_lists_them(damaged: str, t
     done(start(tmp_path, damaged, 1, "data.bad_sample_budget=0.1"))
 
 
+@pytest.mark.slow
 def test_bad_samples_are_known_by_their_data_and_forgotten_when_mended(damaged: str, tmp_path: Path) -> None:
     """The dataset moves, the run goes on and counts nothing twice; over budget it stops, mended it goes on."""
     done(start(tmp_path, damaged, 1, "data.bad_sample_budget=0.1", "train.steps=6"))
@@ -104,6 +105,7 @@ def test_previews_pass_over_what_cannot_be_read_and_show_what_training_sees(tmp_
     assert len(psnr) == 2 and psnr[0] == psnr[1] and 7 < psnr[0] < 13  # sigma 100, clipped; what is stored has 28 dB
 
 
+@pytest.mark.slow
 def test_a_run_on_clean_images_makes_its_inputs_and_resumes_exactly(tmp_path: Path) -> None:
     pack(find_clean(make_folders(tmp_path, count=12)[1]), str(tmp_path / "clean"), jobs=1, shard_mb=0.02)
     options = [

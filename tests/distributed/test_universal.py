@@ -50,6 +50,7 @@ def test_pieces_are_what_deepspeeds_universal_checkpoint_says(tmp_path: Path) ->
                 assert torch.equal(theirs.view_as(value), value), f"{kind} of {name} at stage {stage}"
 
 
+@pytest.mark.slow
 def test_moving_the_optimizer_to_host_memory_changes_no_loss(tmp_path: Path) -> None:
     """Stage 3 sums the squares of the gradients in another order there: with clipping the last bit may differ."""
     found = losses(probe("offload", 2, tmp_path)[0])
@@ -60,6 +61,7 @@ def test_moving_the_optimizer_to_host_memory_changes_no_loss(tmp_path: Path) -> 
     assert found["free-host", "3"] == found["free-device", "3"] != found["device", "3"]
 
 
+@pytest.mark.slow
 def test_further_keys_change_no_loss(tmp_path: Path) -> None:
     found = losses(probe("further", 2, tmp_path)[0])
     assert len(found) == 6
@@ -89,6 +91,7 @@ def test_every_zero_key_of_deepspeed_is_allowed_derived_or_refused() -> None:
     assert set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) <= {*CLOSED_KEYS, *DERIVED_KEYS}
 
 
+@pytest.mark.slow
 def test_a_rank_keeps_the_memory_that_the_formula_says(tmp_path: Path) -> None:
     rows = tmp_path / "memory.json"
     benchmark = (sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--dims", "8", "--worlds", "2")

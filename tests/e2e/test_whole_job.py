@@ -212,6 +212,7 @@ def test_a_fault_in_a_ray_worker_is_one_line(tmp_path: Path) -> None:
     assert "error: the loss is not finite at step" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_real_camera_noise_packs_trains_and_evaluates(shared_data: Path, tmp_path: Path) -> None:
     """PolyU photographs by their list of pairs: 20 steps on two workers, scores of all test pairs for the input."""
     pairs = shared_data / "polyu" / "pairs.tsv"
