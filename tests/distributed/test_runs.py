@@ -184,6 +184,7 @@ def test_a_damaged_checkpoint_is_skipped_loudly_and_the_one_before_continues(
     assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_fewer_checkpoints_are_kept_only_of_the_sound_ones(data: str, tmp_path: Path) -> None:
     run_dir = train(tmp_path, data, 1, "train.checkpoint_every=2", "train.keep_last=5")
     for step in (8, 10):
@@ -198,6 +199,7 @@ def test_fewer_checkpoints_are_kept_only_of_the_sound_ones(data: str, tmp_path: 
     assert ckpt.list_steps(str(run_dir / "checkpoints")) == [10, 8]
 
 
+@pytest.mark.slow
 def test_the_export_of_a_shorter_run_is_not_taken_for_that_of_a_longer_one(data: str, tmp_path: Path) -> None:
     """The run is extended and dies after its last save, before it writes its export."""
     run_dir = train(tmp_path, data, 1)
