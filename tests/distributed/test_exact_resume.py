@@ -20,7 +20,7 @@ from rddm_dist.training.engine import MOMENTS
 from tests.support.datasets import make_dataset
 from tests.support.processes import ROOT, run_workers
 from tests.support.runs import write_config
-from tests.support.servers import make_bucket, s3_server
+from tests.support.servers import lead_to, make_bucket, s3_server
 
 PROBE = (sys.executable, str(ROOT / "tests" / "support" / "ledger_probe.py"))
 BATCH, SAMPLES = 6, 20  # no multiple of a step that a run below stops at is an epoch's end
@@ -159,8 +159,7 @@ class Journey:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     with s3_server() as (endpoint, settings), pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
+        lead_to(settings, patch)
         yield make_bucket(endpoint, "runs")
 
 

@@ -16,7 +16,18 @@ from data_pipeline import storage
 from data_pipeline.cache import NodeCache
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.retry import RetryPolicy
-from tests.support.servers import Answer, FlakyServer, Request, every, first, make_bucket, proxy, s3_server, wait_until
+from tests.support.servers import (
+    Answer,
+    FlakyServer,
+    Request,
+    every,
+    first,
+    lead_to,
+    make_bucket,
+    proxy,
+    s3_server,
+    wait_until,
+)
 
 FAST = RetryPolicy(deadline_s=30.0, first_delay_s=0.01, max_delay_s=0.05, attempt_timeout_s=3.0)
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -32,15 +43,10 @@ def server() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @pytest.fixture
-def bucket(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def bucket(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> str:
     """A bucket of its own for the test, with the environment that leads to it and to no other credentials."""
     endpoint, settings = server
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "absent"))
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+    lead_to(settings, monkeypatch)
     return make_bucket(endpoint, f"bucket-{next(NUMBERS)}")
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,18 @@ from data_pipeline.errors import ConfigError, EnvironmentFault
 from data_pipeline.retry import RetryPolicy
 from rddm_dist.training import ownership
 from rddm_dist.training.ownership import peek, take
-from tests.support.servers import Answer, FlakyServer, Request, every, first, make_bucket, proxy, s3_server, wait_until
+from tests.support.servers import (
+    Answer,
+    FlakyServer,
+    Request,
+    every,
+    first,
+    lead_to,
+    make_bucket,
+    proxy,
+    s3_server,
+    wait_until,
+)
 
 FAST = RetryPolicy(deadline_s=20.0, first_delay_s=0.01, max_delay_s=0.05, attempt_timeout_s=0.5)
 FIRST, SECOND = "owner-000001.json", "owner-000002.json"
@@ -35,16 +45,11 @@ def server() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @pytest.fixture
-def line(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FlakyServer]:
+def line(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
     """A line to the server, which the environment leads to. It lets one write through at a time: the server behind it
     looks up and writes in two steps, where S3 has one."""
     endpoint, settings = server
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "absent"))
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+    lead_to(settings, monkeypatch)
     with proxy(endpoint) as flaky:
         writing, answer = threading.Lock(), flaky.answer
 

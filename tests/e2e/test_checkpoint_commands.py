@@ -148,9 +148,14 @@ def test_a_preset_says_what_the_file_leaves_open(call: Call, tmp_path: Path) -> 
     assert config.diffusion.residual_clip == (-2.0, 2.0)
 
 
-def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (inode, time of the last change) of the files in a folder; reading them changes neither."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+def written(folder: Path) -> dict[str, tuple[int, ...]]:
+    """All that is known of the files in a folder but when they were read."""
+    found = {path.name: path.stat() for path in folder.iterdir()}
+    return {
+        name: (stat.st_ino, stat.st_mode, stat.st_nlink, stat.st_uid, stat.st_gid)
+        + (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        for name, stat in found.items()
+    }
 
 
 def test_the_same_again_is_reused_and_another_model_is_left_alone(call: Call, tmp_path: Path) -> None:

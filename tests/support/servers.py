@@ -176,6 +176,16 @@ def s3_server() -> Iterator[tuple[str, dict[str, str]]]:
         process.wait(timeout=10)
 
 
+def lead_to(settings: Mapping[str, str], patch: pytest.MonkeyPatch) -> None:
+    """Lead this process to an `s3_server()`, and to no other credentials, until the patch is undone."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        patch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        patch.setenv(name, "/nonexistent/aws")
+    for name, value in settings.items():
+        patch.setenv(name, value)
+
+
 def make_bucket(endpoint: str, name: str) -> str:
     """A new bucket of an `s3_server()`.   -> its s3:// URL"""
     with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT"), timeout=10):

@@ -24,7 +24,7 @@ from rddm_dist.training.folder import (
     run_folder,
 )
 from rddm_dist.training.inspection import read_scores_of
-from tests.support.servers import make_bucket, s3_server
+from tests.support.servers import lead_to, make_bucket, s3_server
 
 pytestmark = pytest.mark.timeout(60)
 _names = itertools.count()
@@ -33,8 +33,7 @@ _names = itertools.count()
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     with s3_server() as (endpoint, settings), pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
+        lead_to(settings, patch)
         yield make_bucket(endpoint, "runs")
 
 
