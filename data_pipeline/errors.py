@@ -42,3 +42,8 @@ class AlteredSample(BadSample):
 
 class TrainingFault(RddmError):
     """A run cannot go on: the loss is not finite, workers died."""
+
+
+def kind_of(error: RddmError) -> str:
+    """The name of the nearest class of this module that an error is one of: what another process can raise again."""
+    return next(base.__name__ for base in type(error).__mro__ if base.__module__ == __name__)

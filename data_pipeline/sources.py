@@ -48,18 +48,19 @@ class Pair:
         return self.input or self.target
 
 
-def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair]:
+def find_pairs(input: Path | None, target: Path, mask: Path | None = None) -> list[Pair]:
     """Pair images of the same relative name, extension apart, in two folders (three with masks), sorted by name.
 
-    Hidden files are left out, files that are no images too (logged). Raises DataError for a missing or empty folder, an
-    image without partner, two images of one name.
+    Without an input folder the samples are clean images, with masks where there are any. Hidden files are left out,
+    files that are no images too (logged). Raises DataError for a missing or empty folder, an image without partner, two
+    images of one name.
     """
-    folders = {"input": Path(input), "target": Path(target)}
-    if mask is not None:
-        folders["mask"] = Path(mask)
+    given = {"input": input, "target": target, "mask": mask}
+    folders = {field: Path(folder) for field, folder in given.items() if folder is not None}
+    first = next(iter(folders))
     found = {field: scan_images(folder, flag=f"--{field}") for field, folder in folders.items()}
-    for field, other in (("input", "target"), ("target", "input"), ("input", "mask"), ("mask", "input")):
-        if field in found and other in found:
+    for partner in [field for field in folders if field != first]:
+        for field, other in ((first, partner), (partner, first)):
             orphans = [path.name for name, path in found[field].items() if name not in found[other]]
             if orphans:
                 raise DataError(
@@ -67,8 +68,14 @@ def find_pairs(input: Path, target: Path, mask: Path | None = None) -> list[Pair
                     f"--{other} {folders[other]}: {first_names(orphans)}; add or remove them"
                 )
     pairs = [
-        Pair(make_key(name), name, path, found["target"][name], found["mask"][name] if mask is not None else None)
-        for name, path in sorted(found["input"].items())
+        Pair(
+            make_key(name),
+            name,
+            found["input"][name] if input is not None else None,
+            path,
+            found["mask"][name] if mask is not None else None,
+        )
+        for name, path in sorted(found["target"].items())
     ]
     check_unique(pairs)
     return pairs
@@ -95,14 +102,13 @@ def pair_by_index(input: Path, target: Path) -> list[Pair]:
     return pairs
 
 
-def find_clean(folder: Path) -> list[Pair]:
+def find_clean(folder: Path, *, flag: str = "--clean") -> list[Pair]:
     """The images of a folder and the folders in it as targets without inputs, sorted by name.
 
-    Raises DataError for a missing or empty folder and for two images of one name.
+    flag: the option that named the folder. Raises DataError for a missing or empty folder and for two images of one
+    name.
     """
-    pairs = [
-        Pair(make_key(name), name, None, path) for name, path in sorted(scan_images(folder, flag="--clean").items())
-    ]
+    pairs = [Pair(make_key(name), name, None, path) for name, path in sorted(scan_images(folder, flag=flag).items())]
     check_unique(pairs)
     return pairs
 

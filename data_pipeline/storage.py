@@ -432,7 +432,7 @@ def _remote(uri: str) -> tuple[Any, str]:
         extra = EXTRAS.get(protocol)
         advice = f"run: pip install 'rddm-dist[{extra}]'" if extra else one_line(error)
         raise ConfigError(f"{shown(uri)} needs a package that is not installed; {advice}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: a filesystem that needs more than a URL says
         raise ConfigError(
             f"{shown(uri)} is no known kind of location ({one_line(error)}); give a folder or an s3:// URL"
         ) from error
