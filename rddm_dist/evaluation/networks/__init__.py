@@ -1,0 +1,1 @@
+"""Networks that metrics look through: their architectures, their weight files and exported programs."""
