@@ -15,7 +15,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from cluster.ray_session import quiet_ray_data, ray_session
 from data_pipeline import errors
-from data_pipeline.errors import EnvironmentFault, RddmError
+from data_pipeline.errors import EnvironmentFault, RddmError, kind_of
 from data_pipeline.pack_executors import Executor
 
 Job = TypeVar("Job")
@@ -90,4 +90,4 @@ def _run(row: dict[str, Any]) -> dict[str, Any]:
         return {"number": row["number"], "result": pickle.dumps(function(job)), "error": ""}
     except RddmError as error:
         # Told in one line by whoever asked; Ray would wrap it in its own and print both.
-        return {"number": row["number"], "result": b"", "error": f"{type(error).__name__}:{error}"}
+        return {"number": row["number"], "result": b"", "error": f"{kind_of(error)}:{error}"}

@@ -29,8 +29,8 @@ def run_on_ray(
     results = run_on_actors(
         _make_worker,
         {"model": model, "settings": replace(settings, threads=CPUS_PER_ACTOR), "out": str(out.resolve())},
-        [json.dumps(list(numbers)) for numbers in batches],
-        actors=actors,
+        [json.dumps(list(numbers)).encode() for numbers in batches],
+        actors=(actors, actors),
         cpus_per_actor=CPUS_PER_ACTOR,
         gpus_per_actor=gpus_per_actor,
     )
@@ -38,6 +38,6 @@ def run_on_ray(
 
 
 def _make_worker(model: str, settings: GenerateSettings, out: str) -> Worker:
-    """Takes the numbers of a batch as JSON text, writes their images and gives back the numbers of those it wrote."""
+    """Takes the numbers of a batch as JSON, writes their images and gives back the numbers of those it wrote."""
     generator = load_generator(model, settings)
-    return lambda numbers: json.dumps(write_batch(generator, json.loads(numbers), out=Path(out)))
+    return lambda numbers: json.dumps(write_batch(generator, json.loads(numbers), out=Path(out))).encode()

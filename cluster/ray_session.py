@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from data_pipeline.errors import EnvironmentFault
 log = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+NODE_GROUP_LABEL = "ray.io/node-group"
 
 
 @contextlib.contextmanager
@@ -72,9 +74,47 @@ def require_resources(*, cpus: float, gpus: float) -> None:
         )
 
 
+def actors_that_fit(nodes: Iterable[Mapping[str, float]], *, cpus: float, gpus: float) -> int:
+    """How many actors of `cpus` CPUs and `gpus` GPUs nodes with these resources hold; an actor is on one node."""
+    return sum(
+        int(min(node.get("CPU", 0.0) / cpus if cpus else math.inf, _gpu_places(node.get("GPU", 0.0), gpus)))
+        for node in nodes
+    )
+
+
+def _gpu_places(have: float, gpus: float) -> float:
+    if not gpus:
+        return math.inf
+    # A fraction of a GPU is of one GPU: three actors of 0.3 on each, however many there are.
+    return have // gpus if gpus >= 1 else int(have) * int(1 / gpus + 1e-9)
+
+
+def require_actors(count: int, *, cpus: float, gpus: float) -> int:
+    """How many actors of `cpus` CPUs and `gpus` GPUs each the nodes that are there can hold, when nobody else is.
+
+    EnvironmentFault if fewer than `count`, unless the cluster may grow: nodes that were started by node groups
+    (KubeRay, `ray up`) say so by Ray's label of their group.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    room = actors_that_fit((node["Resources"] for node in nodes), cpus=cpus, gpus=gpus)
+    if room < count and not any(NODE_GROUP_LABEL in node["Labels"] for node in nodes):
+        raise EnvironmentFault(
+            f"the Ray cluster has room for {room} actors of {cpus:g} CPUs and {gpus:g} GPUs, the job asks for {count}; "
+            "lower --actors, --gpus-per-actor or the threads of an actor, or add nodes"
+        )
+    return room
+
+
 def quiet_ray_data() -> None:
-    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder."""
+    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder.
+
+    Nor what raylets say of processes that died, long lines on standard output whatever log_to_driver is: it has no
+    public switch, this is the one that Ray's debugger uses.
+    """
+    import ray._private.worker
     import ray.data
+
+    ray._private.worker._worker_logs_enabled = False
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logger = logging.getLogger("ray.data")
