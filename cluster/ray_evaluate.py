@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from cluster.ray_pool import Worker, run_on_actors
-from rddm_dist.evaluation.evaluate import EvalSettings, Unit, UnitRunner
+from rddm_dist.evaluation.job import Job, Unit
+from rddm_dist.evaluation.runner import UnitRunner
 
 
 def run_on_ray(
-    model: str,
-    uri: str,
-    units: Sequence[Unit],
-    settings: EvalSettings,
-    *,
-    actors: int,
-    gpus_per_actor: float = 0.0,
-    images_dir: str = "",
-) -> Iterator[list[dict[str, Any]]]:
-    """Run units on a pool of `actors` Ray actors, yielding each unit's rows as it finishes, in any order.
+    job: Job, units: Sequence[Unit], *, actors: tuple[int, int], gpus_per_actor: float = 0.0
+) -> Iterator[bytes]:
+    """Run units on a pool of `actors` (least, most) Ray actors, yielding each unit's table as it finishes.
 
-    `model` must be a path and `uri` a location that every node can read.
+    The model, the data and the feature networks must lie where every node can read them.
     """
-    results = run_on_actors(
+    return run_on_actors(
         _make_worker,
-        {"model": model, "uri": uri, "settings": settings, "images_dir": images_dir},
-        [unit.to_json() for unit in units],
+        {"job": job},
+        [unit.to_bytes() for unit in units],
         actors=actors,
-        cpus_per_actor=settings.threads,
+        cpus_per_actor=job.settings.threads,
         gpus_per_actor=gpus_per_actor,
+        names=[f"the forward batch that begins with {unit.entries[0].key}" for unit in units],
     )
-    return (json.loads(rows) for rows in results)
 
 
-def _make_worker(model: str, uri: str, settings: EvalSettings, images_dir: str) -> Worker:
-    """A UnitRunner that takes a unit and gives its rows, both as JSON text."""
-    runner = UnitRunner(model, uri, settings, images_dir=images_dir)
-    return lambda unit: json.dumps(runner.run(Unit.from_json(unit)))
+def _make_worker(job: Job) -> Worker:
+    return UnitRunner(job).run

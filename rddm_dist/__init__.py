@@ -81,29 +81,40 @@ def generate(
 
 
 def evaluate(
-    model: str | Path, data: str, *, protocol: str = "rgb", steps: int | None = None, overrides: Sequence[str] = ()
+    model: str | Path,
+    data: str,
+    *,
+    protocol: str = "rgb",
+    metrics: Sequence[str] = (),
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path = "",
 ) -> dict[str, Any]:
     """Score a model on a packed dataset in this process.   -> the object of report.json
 
-    Raises ConfigError for an unknown protocol, DataError or ModelError for bad inputs.
+    out: a folder for the results, with which the same call goes on where it stopped; none: they are not kept.
+    Raises ConfigError for an unknown protocol or metric, DataError or ModelError for bad inputs.
     """
-    from data_pipeline.manifest import Manifest
-    from rddm_dist.evaluation.evaluate import EvalSettings, plan_units, run_here
+    import tempfile
+
+    from rddm_dist.evaluation.evaluate import plan_restoration, run_plan
+    from rddm_dist.evaluation.job import EvalSettings
+    from rddm_dist.evaluation.sources import PackedSource
     from rddm_dist.evaluation.summary import build_report
 
     loaded = load_model(model, overrides=overrides)
     sampler = loaded.config.sample
     settings = EvalSettings(
         protocol=protocol,
+        metrics=tuple(metrics),
         steps=sampler.steps if steps is None else steps,
         eta=sampler.eta,
         overrides=tuple(overrides),
     )
-    settings.check()
-    manifest = Manifest.load(data)
-    units = plan_units(data, manifest, batch_size=settings.batch_size)
-    rows = [row for unit_rows in run_here(loaded.path, data, units, settings) for row in unit_rows]
-    return build_report(rows, model=loaded, data=data, manifest=manifest, settings=settings)
+    plan = plan_restoration(loaded, PackedSource(data), settings)
+    with tempfile.TemporaryDirectory(prefix="rddm-evaluation-") as folder:
+        outcome = run_plan(plan, out=str(out) or folder)
+    return build_report(plan, outcome, name=loaded.extra.get("run", ""), model=loaded)
 
 
 def train(config: Config) -> TrainResult:

@@ -30,13 +30,13 @@ class Photos:
     files: tuple[Path, ...]
 
 
-def find_photos(folder: Path | None, scratch: Path) -> Photos:
+def find_photos(folder: Path | None, scratch: Path, *, flag: str = "--photos") -> Photos:
     """The pictures in `folder`, else the photographs of `rddm demo` (written into `scratch`), else none.
 
-    Raises DataError for a folder without images.
+    Raises DataError for a folder without images, which `flag` gave.
     """
     if folder is not None:
-        files = tuple(scan_images(folder, flag="--photos").values())
+        files = tuple(scan_images(folder, flag=flag).values())
         return Photos(f"{len(files)} images of {folder}", files)
     try:
         splits = write_demo_pairs(scratch).values()

@@ -20,6 +20,35 @@ def single_count(text: str, *, flag: str) -> int:
     return first
 
 
+def count_range(text: str, *, flag: str) -> tuple[int, int]:
+    """Parse N or MIN:MAX.   -> (least, most); N is both, 0 means none"""
+    low, separator, high = text.partition(":")
+    try:
+        first = int(low)
+        last = int(high) if separator else first
+    except ValueError as error:
+        raise ConfigError(f"{flag}={text} must be a number or MIN:MAX, for example {flag} 1:8") from error
+    if (first, last) != (0, 0) and (first < 1 or last < first):
+        raise ConfigError(f"{flag}={text} must be at least 1, with MIN not above MAX; 0 works without Ray")
+    return first, last
+
+
+def steps_list(text: str) -> list[int]:
+    """Parse --steps N or N,N,...; each once, rising."""
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--steps={text} must be numbers, for example --steps 5 or --steps 1,2,5,10") from error
+    if min(steps) < 1 or len(set(steps)) < len(steps):
+        raise ConfigError(f"--steps={text} must be at least 1, each number once")
+    return sorted(steps)
+
+
+def name_list(text: str) -> tuple[str, ...]:
+    """Parse names with commas between them."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def single_steps(text: str) -> int:
     """Parse --steps N; a list with one entry is the same."""
     parts = [part for part in text.split(",") if part]

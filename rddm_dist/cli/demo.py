@@ -12,9 +12,12 @@ import typer
 from rddm_dist.cli.progress import say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from rddm_dist.evaluation.baseline import Baseline
+    from rddm_dist.evaluation.cases import Case
     from rddm_dist.loading import Model
 
 CONFIG = "configs/train/demo.yaml"
@@ -35,11 +38,12 @@ def demo(
     """Pack real photographs, train, evaluate, register and report; about five minutes on two cores."""
     started = time.monotonic()
     from cluster.ray_session import ray_session
-    from rddm_dist.cli.evaluate import evaluate_model
+    from rddm_dist.cli.evaluation import Evaluation
     from rddm_dist.cli.registry import register_model
     from rddm_dist.cli.train import run_overrides, train_here
     from rddm_dist.config import load_config
-    from rddm_dist.evaluation.evaluate import EvalSettings
+    from rddm_dist.evaluation.job import EvalSettings
+    from rddm_dist.evaluation.sources import PackedSource
     from rddm_dist.loading import load_model
     from rddm_dist.tracking.mlflow_tracker import default_uri
 
@@ -61,14 +65,20 @@ def demo(
         say(f"3/5 evaluation on held-out photographs with {actors} actors: rddm evaluate {run_dir}")
         model = load_model(str(run_dir))
         settings = EvalSettings(steps=resolved.sample.steps, eta=resolved.sample.eta, batch_size=1)
-        report = evaluate_model(model, uris["eval"], settings, actors=actors, out=run_dir / "report", save_images=True)
+        evaluation = Evaluation(
+            model, PackedSource(uris["eval"]), settings, name="demo", out=str(run_dir / "report"), keep_images=True,
+            pool=(actors, actors),
+        )  # fmt: skip
+        report, outcome = evaluation.run(resolved.sample.steps)
     say(f"4/5 registry: {MODEL_NAME}")
     registered = register_model(model, name=MODEL_NAME, uri=default_uri(storage), report=report)
     say(f"  {registered.model_uri}: {registered.reason}")
     restored = _restore_through_registry(f"models:/{MODEL_NAME}@champion", default_uri(storage), uris["eval"], run_dir)
     say(f"  loaded back through mlflow.pyfunc; restored {restored}")
     say("5/5 report")
-    summary = _write_summary(run_dir, model, report, uris, registered.model_uri, time.monotonic() - started)
+    summary = _write_summary(
+        run_dir, model, report, outcome.cases, uris, registered.model_uri, time.monotonic() - started
+    )
     say(f"open {summary['report']}")
     print(json.dumps(summary))
     return 0
@@ -104,11 +114,17 @@ def _restore_through_registry(model_uri: str, tracking_uri: str, data: str, run_
 
 
 def _write_summary(
-    run_dir: Path, model: Model, report: dict[str, Any], uris: dict[str, str], model_uri: str, wall_seconds: float
+    run_dir: Path,
+    model: Model,
+    report: dict[str, Any],
+    cases: Sequence[Case],
+    uris: dict[str, str],
+    model_uri: str,
+    wall_seconds: float,
 ) -> dict[str, Any]:
     """The baseline, the HTML report and summary.json."""
     from rddm_dist.evaluation.baseline import choose_baseline
-    from rddm_dist.evaluation.report import write_demo_report
+    from rddm_dist.evaluation.demo_report import write_demo_report
     from rddm_dist.tracking.journal import read_journal
 
     baseline = choose_baseline(_read_pairs(uris["train"]))
@@ -132,7 +148,9 @@ def _write_summary(
         "eval_data": uris["eval"],
         "report": str(run_dir / "report" / "index.html"),
     }
-    write_demo_report(run_dir, summary=summary, report=report, baseline=baseline, journal=journal, model=model)
+    write_demo_report(
+        run_dir, summary=summary, report=report, baseline=baseline, journal=journal, model=model, cases=cases
+    )
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -22,7 +22,7 @@ from rddm_dist.cli.progress import ProgressBar, say
 if TYPE_CHECKING:
     from data_pipeline.doctor import Diagnosis
 
-PACKAGES = ("torch", "deepspeed", "ray", "mlflow", "webdataset", "torchmetrics", "pydantic", "safetensors")
+PACKAGES = ("torch", "deepspeed", "ray", "mlflow", "webdataset", "torchmetrics", "pyarrow", "pydantic", "safetensors")
 MIN_FREE_GB = 5.0
 SHOWN = 4  # findings of a kind on the console
 EXIT_NOT_SOUND = 3

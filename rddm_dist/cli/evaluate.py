@@ -1,73 +1,105 @@
-"""`rddm evaluate`: score a model on a packed dataset."""
+"""`rddm evaluate`: score a model on a dataset, on images in folders, or on what it generates."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rddm_dist.cli.arguments import single_count, single_steps
-from rddm_dist.cli.progress import ProgressBar, console, say
+from rddm_dist.cli.arguments import count_range, name_list, steps_list
+from rddm_dist.cli.evaluation import Evaluation, choose_device, file_path, find_source, finish, stopping_at
 
 if TYPE_CHECKING:
-    from rddm_dist.evaluation.evaluate import EvalSettings
     from rddm_dist.loading import Model
 
 SET_HELP = "Another sampler setting, such as sample.path=residual_first; repeatable"
 SET_METAVAR = "sample.KEY=VALUE"
 MODEL_HELP = "Run, model or checkpoint folder, .safetensors file, or models:/name@alias"
+PROTOCOL_HELP = "rgb, y, rddm-256, istd, sidd, lol, lol-gtmean or generation, with +borderN and +float"
+METRICS_HELP = "More of psnr, ssim, ms_ssim, mae, lab_mae, lpips, fid, kid, is; commas between"
+EPILOG = (
+    "Example: rddm evaluate runs/demo --data data/eval --actors 1:8 --steps 1,2,5 --samples 4; rddm evaluate "
+    "runs/celeba64 --num 50000 --data data/celeba/test --protocol generation --features inception.safetensors"
+)
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example: rddm evaluate runs/demo --data data/eval --actors 2 --steps 5")(evaluate)
+    app.command(epilog=EPILOG)(evaluate)
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    data: Annotated[str, typer.Option(help="Packed dataset (what rddm pack wrote)")],
+    data: Annotated[str, typer.Option(help="Packed dataset (what rddm pack wrote)")] = "",
+    input: Annotated[Path | None, typer.Option(help="In place of it: folder of degraded images")] = None,
+    target: Annotated[Path | None, typer.Option(help="Folder of clean images of the same names")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Folder of masks of the same names")] = None,
+    list: Annotated[Path | None, typer.Option("--list", help="Tab-separated pairs; paths relative to it")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of a public dataset, as it was downloaded")] = None,
+    layout: Annotated[str, typer.Option(help="Which dataset --root is; detected if left out")] = "",
+    split: Annotated[str, typer.Option(help="Part of --root, or rows of --list of that split")] = "",
+    num: Annotated[int, typer.Option(help="Generate so many images and compare them with the data", min=0)] = 0,
     actors: Annotated[str, typer.Option(help="Ray actors: N, or MIN:MAX; 0: in this process, without Ray")] = "1",
-    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of each actor", min=0)] = 0.0,
-    steps: Annotated[str, typer.Option(help="Sampling steps; default: the model's")] = "",
+    gpus_per_actor: Annotated[float, typer.Option(help="GPUs of each actor; 0.25: four share one", min=0)] = 0.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of each actor", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="Of the network: fp32, bf16 or fp16")] = "fp32",
+    steps: Annotated[str, typer.Option(help="Sampling steps, or several: 1,2,5,10; default: the model's")] = "",
+    samples: Annotated[int, typer.Option(help="Samples of each image; their mean and spread are scored too")] = 1,
     eta: Annotated[float, typer.Option(help="Stochasticity; below 0: the model's", max=1)] = -1.0,
-    protocol: Annotated[str, typer.Option(help="rgb or y")] = "rgb",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json; default: beside the model")] = None,
+    protocol: Annotated[str, typer.Option(help=PROTOCOL_HELP)] = "rgb",
+    metrics: Annotated[str, typer.Option(help=METRICS_HELP)] = "",
+    lpips: Annotated[str, typer.Option(help="File of an LPIPS network (rddm features)")] = "",
+    features: Annotated[str, typer.Option(help="File of a feature network for fid, kid, is")] = "",
+    out: Annotated[str, typer.Option(help="Folder or URL for results and report; default: beside the model")] = "",
+    name: Annotated[str, typer.Option(help="What tables call this model; default: its run")] = "",
     limit: Annotated[int, typer.Option(help="Only the first N keys; 0: all", min=0)] = 0,
     batch_size: Annotated[int, typer.Option(help="Images of one size per forward", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the sampler's noise", min=0)] = 0,
-    save_images: Annotated[bool, typer.Option("--save-images", help="Keep the restored images")] = False,
+    save_images: Annotated[bool, typer.Option("--save-images", help="Keep all restored images")] = False,
     settings: Annotated[list[str] | None, typer.Option("--set", metavar=SET_METAVAR, help=SET_HELP)] = None,
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
-    """Score a model: report.json, report.html and a table."""
-    import torch
-
-    from rddm_dist.evaluation.evaluate import EvalSettings
+    """Score a model: report.json, index.html and a table. The same command continues where it was interrupted."""
+    from rddm_dist.evaluation.job import EvalSettings
     from rddm_dist.loading import load_model
 
-    count = 0 if actors == "0" else single_count(actors, flag="--actors")
+    pool = count_range(actors, flag="--actors")
     overrides = sampler_overrides(settings, steps=steps, eta=eta)
     loaded = load_model(model, tracking_uri=tracking_uri, overrides=overrides)
+    own = loaded.config.sample
     evaluation = EvalSettings(
         protocol=protocol,
-        steps=single_steps(steps) if steps else loaded.config.sample.steps,
-        eta=eta if eta >= 0 else loaded.config.sample.eta,
+        metrics=name_list(metrics),
+        steps=own.steps,
+        eta=eta if eta >= 0 else own.eta,
         seed=seed,
+        samples=samples,
         batch_size=batch_size,
-        device="cuda" if gpus_per_actor or (not count and torch.cuda.is_available()) else "cpu",
+        precision=check_precision(precision),
+        threads=threads,
+        device=choose_device(pool, gpus_per_actor),
         overrides=overrides,
+        lpips=file_path(lpips),
+        features=file_path(features),
     )
-    folder = out or default_report_dir(loaded)
-    report = evaluate_model(
-        loaded, data, evaluation, actors=count, gpus_per_actor=gpus_per_actor, out=folder, limit=limit,
-        save_images=save_images,
+    source = find_source(data, input=input, target=target, mask=mask, list=list, root=root, layout=layout, split=split)
+    folder = out or str(default_report_dir(loaded))
+    work = Evaluation(
+        loaded, source, evaluation, name=name or model_name(loaded), out=folder, limit=limit, num=num,
+        keep_images=save_images, pool=pool, gpus_per_actor=gpus_per_actor,
     )  # fmt: skip
-    print_scores(report)
-    for row in report["failed"]:
-        say(f"failed: {row['error']}")
-    say(f"report: {folder / 'report.html'}")
-    return 3 if report["failed"] else 0
+    wanted = steps_list(steps) if steps else [own.steps]
+    with stopping_at(folder), work.session():
+        report = work.run(wanted[0])[0] if len(wanted) == 1 else work.run_curve(wanted)
+    return finish(report, folder)
+
+
+def check_precision(text: str) -> Any:
+    from data_pipeline.errors import ConfigError
+
+    if text not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"--precision={text} is not known; choose fp32, bf16 or fp16")
+    return text
 
 
 def sampler_overrides(given: list[str] | None, *, steps: str, eta: float) -> tuple[str, ...]:
@@ -95,87 +127,6 @@ def default_report_dir(model: Model) -> Path:
     return Path("report")
 
 
-def evaluate_model(
-    model: Model,
-    data: str,
-    settings: EvalSettings,
-    *,
-    actors: int,
-    out: Path,
-    gpus_per_actor: float = 0.0,
-    limit: int = 0,
-    save_images: bool = False,
-) -> dict[str, Any]:
-    """Run the units with a progress bar and write report.json and report.html into `out`.   -> the report
-
-    model: loaded with settings.overrides
-    """
-    from data_pipeline.errors import ConfigError
-    from data_pipeline.manifest import Manifest
-    from rddm_dist.evaluation.evaluate import plan_units, run_here
-    from rddm_dist.evaluation.restore import restore_settings
-    from rddm_dist.evaluation.summary import build_report, write_report_files
-
-    settings.check()
-    sampler = restore_settings(model.config, steps=settings.steps, eta=settings.eta, seed=settings.seed)
-    sampler.check_restoring()
-    sampler.check(model.schedule)
-    manifest = Manifest.load(data)
-    if model.config.model.condition == "input_mask" and not manifest.has_mask:
-        raise ConfigError(f"the model needs masks and {data} has none; pack it with --mask")
-    units = plan_units(data, manifest, batch_size=settings.batch_size, limit=limit)
-    total = sum(len(unit.rows) for unit in units)
-    images_dir = str((out / "images").resolve()) if save_images else ""
-    if actors:
-        from cluster.ray_evaluate import run_on_ray
-
-        say(f"starting Ray and {actors} actor(s)")
-        results = run_on_ray(
-            model.path, absolute(data), units, settings,
-            actors=actors, gpus_per_actor=gpus_per_actor, images_dir=images_dir,
-        )  # fmt: skip
-    else:
-        results = run_here(model.path, data, units, settings, images_dir=images_dir)
-    rows: list[dict[str, Any]] = []
-    with ProgressBar("evaluate", total) as bar:
-        bar.update(0)
-        for unit_rows in results:
-            rows.extend(unit_rows)
-            bar.update(len(rows))
-    report = build_report(rows, model=model, data=data, manifest=manifest, settings=settings)
-    write_report_files(out, report, command=_command(model, data, settings, limit=limit))
-    return report
-
-
-def _command(model: Model, data: str, settings: EvalSettings, *, limit: int) -> str:
-    """The command that makes these scores again; what --set gave takes the place of --steps and --eta."""
-    words = ["rddm", "evaluate", model.path, "--data", data, "--protocol", settings.protocol]
-    keys = {override.partition("=")[0].strip() for override in settings.overrides}
-    for name in ("steps", "eta"):
-        if f"sample.{name}" not in keys:
-            words += [f"--{name}", f"{getattr(settings, name):g}"]
-    words += ["--seed", str(settings.seed), "--batch-size", str(settings.batch_size)]
-    if limit:
-        words += ["--limit", str(limit)]
-    for override in settings.overrides:
-        words += ["--set", override]
-    return shlex.join(words)
-
-
-def absolute(uri: str) -> str:
-    """A local path made absolute (Ray's workers run elsewhere); URLs as they are."""
-    return uri if "://" in uri else str(Path(uri).resolve())
-
-
-def print_scores(report: dict[str, Any]) -> None:
-    """The mean scores as a table."""
-    from rich.table import Table
-
-    scores = report["scores"]
-    table = Table(title=f"{len(report['images'])} images, protocol {report['protocol']['name']}")
-    for column in ("", "input", "restored"):
-        table.add_column(column, justify="left" if not column else "right")
-    for metric, unit, digits in (("psnr", " dB", 3), ("ssim", "", 4)):
-        values = [scores[f"{prefix}{metric}"]["mean"] for prefix in ("input_", "")]
-        table.add_row(metric.upper(), *("-" if value is None else f"{value:.{digits}f}{unit}" for value in values))
-    console.print(table)
+def model_name(model: Model) -> str:
+    """What tables call a model: its run, else its file."""
+    return model.extra.get("run") or Path(model.path).stem

@@ -7,7 +7,22 @@ import sys
 import typer
 
 from data_pipeline.errors import RddmError
-from rddm_dist.cli import checkpoint, data, dataset, demo, doctor, evaluate, index, registry, restore, sample, train
+from rddm_dist.cli import (
+    checkpoint,
+    compare,
+    data,
+    dataset,
+    demo,
+    doctor,
+    evaluate,
+    features,
+    index,
+    registry,
+    restore,
+    sample,
+    score,
+    train,
+)
 from rddm_dist.log import configure_console, quiet_frameworks
 
 INTERRUPTED = 130  # what shells make of SIGINT
@@ -29,7 +44,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     result_callback=_exit_with,
 )
-for module in (data, index, dataset, train, evaluate, restore, sample, checkpoint, registry, doctor, demo):
+COMMANDS = (
+    data, index, dataset, train, evaluate, score, compare, features, restore, sample, checkpoint, registry, doctor,
+    demo,
+)  # fmt: skip
+for module in COMMANDS:
     module.register(app)
 
 

@@ -35,8 +35,13 @@ def register_model(
     from rddm_dist.model.weights import save_safetensors
     from rddm_dist.tracking.registry import register as register_version
 
-    if report is not None and report["model"]["weights_digest"] != model.digest:
+    if report is not None and report["model"].get("weights_digest") != model.digest:
         raise ModelError("the report belongs to other weights than the model; run rddm evaluate again")
+    if report is not None and "psnr" not in report["scores"]:
+        raise ModelError(
+            f"the report has no PSNR (protocol {report['protocol']['name']}), which champions are compared by; give "
+            "one of a protocol that compares pairs"
+        )
     digests = {"weights": model.digest, "config": identity_digest(model.config)}
     if "data_fingerprint" in model.extra:
         digests["data"] = model.extra["data_fingerprint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +65,7 @@ def restore(
             bar.update(done, source.name)
     say(f"restored {len(jobs) - len(failed)} of {len(jobs)} image(s) into {out}")
     for line in failed:
-        say(f"failed: {line}")
+        print(f"failed: {line}", file=sys.stderr)
     return 3 if failed else 0
 
 

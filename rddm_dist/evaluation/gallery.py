@@ -1,125 +1,110 @@
-"""The pictures of a report: which images are shown, side by side, as data: URIs."""
+"""The pictures of a page: worst and best cases with their sides, or the first images of a generation."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
+from rddm_dist.evaluation.metrics import metric_info
+from rddm_dist.evaluation.wording import MINUS, TIMES, decimals, row_score
 
-MAX_IMAGES = 24
-MAX_SIDE = 640  # larger images are shown reduced
-PNG_BYTES = 64 * 1024  # what compresses worse than this is shown as JPEG
-SIDES = ("input", "restored", "target")
+if TYPE_CHECKING:
+    from rddm_dist.evaluation.cases import Case
 
-
-@dataclass(frozen=True)
-class ReportImage:
-    """One held-out image; input, restored, target: (H, W, 3) uint8 of one size."""
-
-    key: str
-    input: np.ndarray
-    restored: np.ndarray
-    target: np.ndarray
+LEAST_FOR_TWO = 4  # fewer cases stand in one section
+SIDE_NOTES = {"mean": "of the samples", "spread": "bright where samples differ"}
 
 
-def load_report_images(report: Mapping[str, Any], *, images_dir: Path, limit: int = MAX_IMAGES) -> list[ReportImage]:
-    """Up to `limit` images of an evaluation that kept its results as `images_dir`/KEY.png, by key.
+def split_cases(report: Mapping[str, Any], cases: Sequence[Case]) -> tuple[Sequence[Case], Sequence[Case]]:
+    """(worst first, best first): the lower and the upper half of the cases by PSNR; all are worst where they are few.
 
-    Of more images those evenly spread from the lowest to the highest PSNR are taken. A file that is not the result of
-    this evaluation (another sha256 than in the report) is left out.
+    Restored exactly (inf) ranks above everything, not a number below.
     """
-    from data_pipeline.preprocess import Preprocess
-    from data_pipeline.reader import Dataset
-
-    kept = [row for row in report["images"] if (images_dir / f"{row['key']}.png").is_file()]
-    if not kept:
-        return []
-    chosen = {row["key"]: row for row in _spread(kept, limit)}
-    uri = report["data"]["uri"]
-    dataset, preprocess = Dataset(uri), Preprocess(**report["sampler"]["preprocess"])
-    images = []
-    for entry in dataset.images():
-        row = chosen.get(entry.key)
-        if row is None:
-            continue
-        restored = np.asarray(Image.open(images_dir / f"{entry.key}.png").convert("RGB"))
-        if hashlib.sha256(restored.tobytes()).hexdigest() != row["restored_sha256"]:
-            continue
-        sample = dataset.whole(entry)
-        assert sample.input is not None, "what was restored has an input"
-        sides = [sample.input, sample.target]
-        if preprocess.resize:  # shown as they were scored
-            sides = [preprocess.apply(side, field="target") for side in sides]
-        images.append(ReportImage(entry.key, sides[0], restored, sides[1]))
-    return images
-
-
-def _spread(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    """At most `limit` rows, evenly spread over their PSNR, with the lowest and the highest."""
-    if len(rows) <= limit:
-        return list(rows)
-    ranked = sorted(rows, key=lambda row: (float(row["psnr"]), row["key"]))
-    last = len(ranked) - 1
-    return [ranked[round(i * last / max(1, limit - 1))] for i in range(limit)]
-
-
-def gallery(report: Mapping[str, Any], images: Sequence[ReportImage]) -> str:
-    """Cards of input, restored and target, with the scores of the report's row; "" for no images."""
-    if not images:
-        return ""
     rows = {row["key"]: row for row in report["images"]}
-    cards = "".join(_card(image, rows[image.key]) for image in images[:MAX_IMAGES])
-    shown = min(len(images), MAX_IMAGES)
-    note = f"{shown} of {len(rows)} images. Click one to compare two sides with a slider."
-    if any(max(image.target.shape[:2]) > MAX_SIDE for image in images[:MAX_IMAGES]):
-        note += f" Images above {MAX_SIDE} pixels are shown reduced."
-    note += " Scores belong to the exact 8-bit results, whatever is shown."
-    return f'<h2>Images</h2><p class="note">{note}</p><div class="cards">{cards}</div>'
+    ranked = sorted(cases, key=lambda case: (_rank(rows[case.key]), case.key))
+    if len(ranked) < LEAST_FOR_TWO:
+        return ranked, []
+    half = (len(ranked) + 1) // 2
+    return ranked[:half], ranked[half:][::-1]
 
 
-def _card(image: ReportImage, row: Mapping[str, Any]) -> str:
-    name = escape(str(row.get("name") or image.key), quote=True)
-    captions = {
-        "input": f"<b>input</b> {decimals(row['input_psnr'], 2)} dB, SSIM {decimals(row['input_ssim'], 3)}",
-        "restored": f"<b>restored</b> {decimals(row['psnr'], 2)} dB, SSIM {decimals(row['ssim'], 3)}",
-        "target": "<b>target</b>",
-    }
-    figures = "".join(
-        f'<figure><button aria-label="compare {side} of {name}"><img data-side="{side}" alt="{side} of {name}" '
-        f'src="{data_uri(getattr(image, side))}"></button><figcaption>{captions[side]}</figcaption></figure>'
-        for side in SIDES
+def case_cards(report: Mapping[str, Any], cases: Sequence[Case]) -> str:
+    """A card for each case: its sides next to each other with their scores; a click opens the slider viewer."""
+    rows = {row["key"]: row for row in report["images"]}
+    cards = "".join(_card(case, rows[case.key]) for case in cases)
+    return f'<div class="cards">{cards}</div>'
+
+
+def picture_grid(report: Mapping[str, Any], cases: Sequence[Case]) -> str:
+    """Generated images in a grid; a click opens one large."""
+    names = {row["key"]: str(row.get("name") or row["key"]) for row in report["images"]}
+    cards = "".join(
+        f'<article data-case="{_attribute(case.key)}" data-name="{_attribute(names.get(case.key, case.key))}">'
+        f"{_figures(case, names.get(case.key, case.key), captions={})}</article>"
+        for case in cases
     )
-    header = (
-        f"<header><b>{name}</b><span>{row['width']}x{row['height']}</span><span>{gain(row):+.2f} dB</span></header>"
+    return f'<div class="grid-of-images">{cards}</div>'
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    value = row_score(row, "psnr")
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def _card(case: Case, row: Mapping[str, Any]) -> str:
+    name = str(row.get("name") or case.key)
+    gain = row_score(row, "gain_db")
+    badge = ""
+    if gain is not None and math.isfinite(gain):
+        sign = "+" if gain >= 0 else MINUS
+        badge = f'<span class="badge {"good" if gain >= 0 else "bad"}">{sign}{abs(gain):.2f} dB</span>'
+    header = f"<header><b>{escape(name)}</b><span>{row['width']}{TIMES}{row['height']}</span>{badge}</header>"
+    captions = {side: _caption(side, row) for side in case.sides}
+    sides = _figures(case, name, captions)
+    return (
+        f'<article class="card" data-case="{_attribute(case.key)}" data-name="{_attribute(name)}">{header}'
+        f'<div class="sides n{len(case.sides)}">{sides}</div></article>'
     )
-    return f'<article class="card" data-name="{name}">{header}<div class="triple">{figures}</div></article>'
 
 
-def data_uri(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> a data: URI, reduced to MAX_SIDE; PNG, or JPEG where PNG is large."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    buffer, kind = io.BytesIO(), "png"
-    picture.save(buffer, "PNG", optimize=True)
-    if buffer.tell() > PNG_BYTES:
-        buffer, kind = io.BytesIO(), "jpeg"
-        picture.save(buffer, "JPEG", quality=92, subsampling=0)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _caption(side: str, row: Mapping[str, Any]) -> str:
+    """The side's name and its scores; those of "mean" stand in the row as mean4_psnr and the like."""
+    notes = [SIDE_NOTES[side]] if side in SIDE_NOTES else []
+    prefixes = {"input": ["input_"], "restored": [""]}.get(side, [])
+    if side == "mean":
+        prefixes = sorted({name[: -len("psnr")] for name in row if name.startswith("mean") and name.endswith("_psnr")})
+    for prefix in prefixes:
+        for metric in ("psnr", "ssim"):
+            value = row_score(row, prefix + metric)
+            if value is not None:
+                notes.append(_score_words(metric, value))
+    if side == "spread" and (value := row_score(row, "spread")) is not None:
+        info = metric_info("spread")
+        notes.insert(0, f"{decimals(value, info.digits)} {info.unit}".rstrip())
+    return f"<b>{escape(side)}</b> {escape(', '.join(notes))}"
 
 
-def gain(row: Mapping[str, Any]) -> float:
-    """PSNR gained on the input, in dB."""
-    return float(row["psnr"]) - float(row["input_psnr"])
+def _score_words(metric: str, value: float) -> str:
+    info = metric_info(metric)
+    if metric == "psnr" and math.isinf(value):
+        return "equal to the target"
+    text = decimals(value, info.digits)
+    return f"{text} {info.unit}" if info.unit else f"{info.label} {text}"
 
 
-def decimals(value: Any, digits: int) -> str:
-    """A number, or what float() reads, as text; "-" for None."""
-    return "-" if value is None else f"{float(value):.{digits}f}"
+def _figures(case: Case, name: str, captions: Mapping[str, str]) -> str:
+    figures = []
+    for side, uri in case.sides.items():
+        label = _attribute(f"{side} of {name}")
+        caption = f"<figcaption>{captions[side]}</figcaption>" if side in captions else ""
+        figures.append(
+            f'<figure><button aria-label="open {label}"><img data-side="{_attribute(side)}" alt="{label}" '
+            f'decoding="async" src="{_attribute(uri)}"></button>{caption}</figure>'
+        )
+    return "".join(figures)
+
+
+def _attribute(text: str) -> str:
+    return escape(text, quote=True)

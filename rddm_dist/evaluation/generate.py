@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentFault
 from data_pipeline.rng import MAX_SIDE
 from rddm_dist.diffusion.schedule import Schedule
-from rddm_dist.evaluation.restore import NetSampler, RestoreSettings, restore_settings, to_images, write_png
+from rddm_dist.evaluation.restore import NetSampler, RestoreSettings, restore_settings, to_images, to_levels, write_png
 from rddm_dist.evaluation.summary import write_json
 from rddm_dist.model.net import Network
 
@@ -61,16 +62,24 @@ class Generator:
         *,
         size: Size,
         device: str | torch.device | None = None,
+        precision: str = "fp32",
     ) -> None:
         settings.check_generating()
         check_size(size, net.multiple_of)
-        self._sampler = NetSampler(net, schedule, settings, device=device)
+        self._sampler = NetSampler(net, schedule, settings, device=device, precision=precision)
         self.settings, self.size = settings, size
 
     def generate(self, numbers: Sequence[int]) -> np.ndarray:
         """Images by number; the number is the id that decides an image's noise.   -> (B, H, W, 3) uint8"""
+        return to_images(self._generate(numbers))
+
+    def generate_levels(self, numbers: Sequence[int]) -> np.ndarray:
+        """The same, neither rounded nor checked.   -> (B, H, W, 3) float32 in [0, 255]"""
+        return to_levels(self._generate(numbers))
+
+    def _generate(self, numbers: Sequence[int]) -> Tensor:
         shape = torch.zeros((len(numbers), 3, *self.size), device=self._sampler.device)
-        return to_images(self._sampler(shape, numbers))
+        return self._sampler(shape, numbers)
 
 
 def check_size(size: Size, multiple: int) -> None:
@@ -107,12 +116,13 @@ def make_generator(
     eta: float | None = None,
     seed: int = 0,
     device: str = "cpu",
+    precision: str = "fp32",
 ) -> Generator:
     """A generator for a loaded model; None takes the size of training and the model's own sample.steps and eta."""
     settings = restore_settings(model.config, steps=steps, eta=eta, seed=seed)
     settings.check_generating()
     size = size or training_size(model.config)
-    return Generator(model.net, model.schedule, settings, size=size, device=device)
+    return Generator(model.net, model.schedule, settings, size=size, device=device, precision=precision)
 
 
 def load_generator(model: str, settings: GenerateSettings) -> Generator:

@@ -1,269 +1,242 @@
-"""Reports for people: self-contained HTML pages of an evaluation and of the demo, drawn by one renderer."""
+"""Reports for people: the self-contained HTML page of an evaluation."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rddm_dist.evaluation.charts import Series, line_chart
-from rddm_dist.evaluation.gallery import ReportImage, decimals, gain, gallery, load_report_images
+from rddm_dist.evaluation.figures import distributions, steps_curve, training_charts
+from rddm_dist.evaluation.gallery import case_cards, picture_grid, split_cases
+from rddm_dist.evaluation.metrics import METRICS, metric_info
 from rddm_dist.evaluation.page import render_page
+from rddm_dist.evaluation.score_table import all_scores, failed_table, image_table
 from rddm_dist.evaluation.summary import write_text
-from rddm_dist.tracking.store import default_uri
+from rddm_dist.evaluation.wording import (
+    MINUS,
+    PLUS_MINUS,
+    decimals,
+    exceptions,
+    flat,
+    half_width,
+    has_region,
+    in_order,
+    interval,
+    protocol_words,
+)
 
 if TYPE_CHECKING:
-    from rddm_dist.evaluation.baseline import Baseline
-    from rddm_dist.loading import Model
+    from rddm_dist.evaluation.cases import Case
 
-COLUMNS = (
-    ("input_psnr", "input PSNR, dB", 2),
-    ("psnr", "restored PSNR, dB", 2),
-    ("gain_db", "gain, dB", 2),
-    ("input_ssim", "input SSIM", 4),
-    ("ssim", "restored SSIM", 4),
-)
+TITLES = {"restoration": "Evaluation", "files": "Scored images", "generation": "Generated images"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number. `tone`: "good", "bad" or "" colours it; `hint` is shown when it is pointed at."""
+
+    name: str
+    value: str
+    unit: str = ""
+    note: str = ""
+    tone: str = ""
+    hint: str = ""
 
 
 def write_report(
-    path: Path,
+    path: str | Path,
     report: Mapping[str, Any],
     *,
-    images: Sequence[ReportImage] = (),
+    cases: Sequence[Case] = (),
     command: str,
+    curve: Mapping[str, Any] | None = None,
     journal: Sequence[Mapping[str, Any]] = (),
     config: str = "",
     mlflow: Mapping[str, str] | None = None,
-    title: str = "RDDM evaluation",
+    title: str = "",
 ) -> None:
-    """The page of an evaluation.
+    """The page of an evaluation, whole or not at all.
 
-    report: the object of report.json; command: what reproduces it; journal: the records of the run's metrics.jsonl;
-    config: YAML text; mlflow: names and values to list (run, experiment, model). What is empty is left out.
+    report: the object of report.json, or what reading that file gives; cases: pictures, each of an image of the report
+    (of a generation: any); command: what reproduces it; curve: the object of curve.json; journal: the records of the
+    run's metrics.jsonl; config: YAML text; mlflow: names and values to list (run, experiment, model); title: by default
+    the kind and the name of the report. What is empty is left out.
     """
-    body = _score_tiles(report) + _body(report, images, command=command, journal=journal, config=config, mlflow=mlflow)
-    write_text(path, render_page(title, _lead(report), body))
+    kind = TITLES.get(str(report.get("kind")), "Evaluation")
+    heading = title or (f"{kind}: {report['name']}" if report.get("name") else kind)
+    body = report_body(
+        report, cases, command=command, curve=curve, journal=journal, config=config, mlflow=mlflow,
+        tiles=score_tiles(report),
+    )  # fmt: skip
+    write_text(path, render_page(heading, report_lead(report), body))
 
 
-def write_demo_report(
-    run_dir: Path,
-    *,
-    summary: Mapping[str, Any],
+def report_lead(report: Mapping[str, Any]) -> str:
+    """What was evaluated, in one sentence."""
+    count, sampler = len(report["images"]), report["sampler"]
+    noun = {"files": "scored", "generation": "generated"}.get(str(report.get("kind")), "held-out")
+    parts = [f"{count} {noun} image{'' if count == 1 else 's'}"]
+    if "steps" in sampler:
+        parts.append(f"{sampler['steps']} sampling step{'' if sampler['steps'] == 1 else 's'}")
+    if "eta" in sampler:
+        parts.append(f"eta {sampler['eta']:g}")
+    return ", ".join([*parts, protocol_words(report["protocol"])])
+
+
+def report_body(
     report: Mapping[str, Any],
-    baseline: Baseline,
-    journal: Sequence[Mapping[str, Any]],
-    model: Model,
-    images: Sequence[ReportImage] | None = None,
-) -> Path:
-    """`<run_dir>/report/index.html`: the page of the demo's evaluation, headed by `summary`.   -> its path
-
-    summary: the object of summary.json; baseline: the filter that summary["baseline_psnr"] belongs to; images: by
-    default those that the evaluation left in `<run_dir>/report/images`.
-    """
-    from rddm_dist.config import to_yaml
-
-    folder = run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    if images is None:
-        images = load_report_images(report, images_dir=folder / "images")
-    config, steps = model.config, report["sampler"]["steps"]
-    store = config.tracking.uri or default_uri(config.run.storage)
-    mlflow = {"run": summary["mlflow_run_id"], "experiment": config.tracking.experiment, "store": store}
-    body = _demo_tiles(summary, baseline.name, journal) + _body(
-        report,
-        images,
-        command=f"rddm demo\nrddm evaluate {run_dir} --data {summary['eval_data']} --steps {steps}",
-        journal=journal,
-        config=to_yaml(config),
-        mlflow={**mlflow, "model": summary["model_uri"], "look at it": f"mlflow ui --backend-store-uri {store}"},
-    )
-    path = folder / "index.html"
-    write_text(path, render_page("RDDM demo: restoring rainy photographs", _lead(report), body))
-    return path
-
-
-def _lead(report: Mapping[str, Any]) -> str:
-    sampler, protocol = report["sampler"], report["protocol"]
-    return (
-        f"{len(report['images'])} held-out images, {sampler['steps']} sampling steps, eta {sampler['eta']:g}, "
-        f"protocol {protocol['name']} ({protocol['color'].upper()}, {protocol['rounding']}, {protocol['size']} size)"
-    )
-
-
-def _score_tiles(report: Mapping[str, Any]) -> str:
-    scores = report["scores"]
-    mean = {name: value["mean"] for name, value in scores.items()}
-    return _tiles(
-        [
-            ("restored PSNR", decimals(mean["psnr"], 2), "dB", f"input {decimals(mean['input_psnr'], 2)} dB", ""),
-            _gain_tile("gain over input", mean["gain_db"], "mean over images"),
-            ("restored SSIM", decimals(mean["ssim"], 4), "", f"input {decimals(mean['input_ssim'], 4)}", ""),
-            ("images", str(len(report["images"])), "", _exceptions(scores["psnr"]), ""),
-        ]
-    )
-
-
-def _demo_tiles(summary: Mapping[str, Any], baseline: str, journal: Sequence[Mapping[str, Any]]) -> str:
-    restored, filtered = summary["restored_psnr"], summary["baseline_psnr"]
-    rates = [rate for _, rate in _points(journal, "perf/images_per_s")]
-    rate_note = f"{statistics.median(rates):.1f} images/s" if rates else ""
-    ssim_note = f"input {decimals(summary['input_ssim'], 4)}"
-    return _tiles(
-        [
-            ("restored PSNR", decimals(restored, 2), "dB", f"input {decimals(summary['input_psnr'], 2)} dB", ""),
-            _gain_tile("gain over input", summary["gain_db"], "mean over images"),
-            _gain_tile("gain over best filter", restored - filtered, f"{baseline}: {decimals(filtered, 2)} dB"),
-            ("restored SSIM", decimals(summary["restored_ssim"], 4), "", ssim_note, ""),
-            ("training", f"{summary['train_seconds']:.0f}", "s", f"{summary['train_steps']} steps, {rate_note}", ""),
-            ("everything", f"{summary['wall_seconds']:.0f}", "s", "packing to report", ""),
-        ]
-    )
-
-
-def _gain_tile(name: str, gain: float | None, note: str) -> tuple[str, str, str, str, str]:
-    if gain is None:
-        return name, "-", "", note, ""
-    return name, f"{gain:+.2f}", "dB", note, "good" if gain > 0 else "bad"
-
-
-def _tiles(tiles: Sequence[tuple[str, str, str, str, str]]) -> str:
-    """(name, value, unit, note, class) each."""
-    cells = [
-        f'<div class="tile {kind}"><span>{escape(name)}</span><b>{escape(value)}'
-        f"{f' <small>{escape(unit)}</small>' if unit else ''}</b><span>{escape(note)}</span></div>"
-        for name, value, unit, note, kind in tiles
-    ]
-    return f'<div class="tiles">{"".join(cells)}</div>'
-
-
-def _body(
-    report: Mapping[str, Any],
-    images: Sequence[ReportImage],
+    cases: Sequence[Case],
     *,
+    tiles: Sequence[Tile],
     command: str,
+    curve: Mapping[str, Any] | None,
     journal: Sequence[Mapping[str, Any]],
     config: str,
     mlflow: Mapping[str, str] | None,
 ) -> str:
-    parts = [gallery(report, images), _score_table(report), _training_charts(journal), _facts(report, mlflow)]
-    if config:
-        parts.append(f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>")
-    parts.append(
-        f'<h2>Reproduce</h2><div class="command"><pre>{escape(command)}</pre><button class="plain">copy</button></div>'
-    )
-    return "".join(parts)
-
-
-def _score_table(report: Mapping[str, Any]) -> str:
-    head = '<th class="text"><button>image</button></th><th><button>pixels</button></th>'
-    head += "".join(f"<th><button>{name}</button></th>" for _, name, _ in COLUMNS)
-    rows = "".join(_table_row(row) for row in report["images"])
-    means = "".join(f"<td>{decimals(report['scores'][name]['mean'], digits)}</td>" for name, _, digits in COLUMNS)
-    exceptions = _exceptions(report["scores"]["psnr"])
-    note = f'<p class="note">Means leave out {exceptions}.</p>' if exceptions else ""
-    return (
-        f'<h2>Scores per image</h2><div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{rows}</tbody><tfoot><tr><td class="text">mean</td><td></td>{means}</tr></tfoot></table></div>{note}'
-    )
-
-
-def _table_row(row: Mapping[str, Any]) -> str:
-    name = escape(str(row.get("name") or row["key"]))
-    cells = [f'<td class="text">{name}</td>']
-    cells.append(f'<td data-value="{row["width"] * row["height"]}">{row["width"]}x{row["height"]}</td>')
-    for column, _, digits in COLUMNS:
-        value = gain(row) if column == "gain_db" else float(row[column])
-        sortable = str(value).replace("inf", "Infinity")
-        cells.append(f'<td data-value="{sortable}">{decimals(value, digits)}</td>')
-    return f"<tr>{''.join(cells)}</tr>"
-
-
-def _training_charts(journal: Sequence[Mapping[str, Any]]) -> str:
-    """Loss, preview PSNR and throughput over the steps of the run."""
-    loss, rate = _points(journal, "train/loss"), _points(journal, "perf/images_per_s")
-    if not loss:
-        return ""
-    charts = [
-        line_chart(
-            [Series("as logged", loss, "faint"), Series("running mean", _running_mean(loss))],
-            title="Training loss",
-            x_label="optimizer step",
-            y_label="loss",
-            log_y=max(y for _, y in loss) > 5 * max(min(y for _, y in loss), 1e-12),
-        )
+    """Tiles and every section that has something to show, with links to them.   -> HTML"""
+    failed = report.get("failed", ())
+    sections = [
+        *_case_sections(report, cases),
+        ("scores", "Scores", all_scores(report)),
+        ("distributions", "Distributions", distributions(report)),
+        ("cost", "Quality against cost", steps_curve(curve) if curve and curve["points"] else ""),
+        ("images", "Scores per image", image_table(report)),
+        ("failed", "Failed images", failed_table(failed)),
+        ("training", "Training", training_charts(journal)),
+        ("measured", "What was measured", _facts(report, mlflow) + _configuration(config)),
+        ("reproduce", "Reproduce", _command(command)),
     ]
-    restored, before = _points(journal, "preview/psnr"), _points(journal, "preview/input_psnr")
-    if restored:
-        series = [Series("restored previews", restored)]
-        if before:
-            series.append(Series("their inputs", before, "reference"))
-        charts.append(line_chart(series, title="PSNR of the previews", x_label="optimizer step", y_label="PSNR in dB"))
-    if rate:
-        charts.append(
-            line_chart(
-                [Series("images per second", rate)],
-                title=f"Throughput (median {statistics.median(y for _, y in rate):.1f} images/s)",
-                x_label="optimizer step",
-                y_label="images/s",
-                from_zero=True,
-            )
-        )
-    return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>'
+    shown = [section for section in sections if section[2]]
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in shown)
+    bodies = "".join(f'<section id="{anchor}"><h2>{name}</h2>{html}</section>' for anchor, name, html in shown)
+    return f'<nav aria-label="Sections">{links}</nav>{_warning(report)}{render_tiles(tiles)}{bodies}'
 
 
-def _points(journal: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric; of a step that a resumed run took twice, the later one."""
-    found: dict[int, float] = {}
-    for record in journal:
-        value = record.get("metrics", {}).get(metric)
-        if value is not None and math.isfinite(float(value)):
-            found[int(record["step"])] = float(value)
-    return [(float(step), found[step]) for step in sorted(found)]
+def score_tiles(report: Mapping[str, Any]) -> list[Tile]:
+    """The scores of whole images and of whole sets, each with half of its 95 % interval, and how many images there
+    are; scores of regions stand in the table."""
+    scores = report["scores"]
+    tiles = []
+    for name in in_order(scores):
+        if name == "gain_db":
+            tiles.append(_gain_tile(scores[name]))
+        elif not name.startswith("input_") and not has_region(name):
+            tiles.append(_score_tile(name, scores))
+    for name, found in report.get("distribution", {}).items():
+        info = metric_info(name)
+        std = found.get("std")
+        note = "" if std is None else f"{PLUS_MINUS}{decimals(std, info.digits)} (std)"
+        tiles.append(Tile(info.label, decimals(found["value"], info.digits), info.unit, note or _better(name)))
+    return [*tiles, Tile("images", str(len(report["images"])), "", ", ".join(exceptions(report)))]
 
 
-def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean of the neighbours within a twentieth of the points at either side."""
-    reach = max(1, len(points) // 20)
-    values = [y for _, y in points]
-    return [(x, statistics.fmean(values[max(0, i - reach) : i + reach + 1])) for i, (x, _) in enumerate(points)]
+def gain_tile(name: str, gain: float | None, note: str) -> Tile:
+    """A difference in dB, green where it gains and red where it loses."""
+    if gain is None:
+        return Tile(name, "-", "", note)
+    return Tile(name, f"{'+' if gain >= 0 else MINUS}{abs(gain):.2f}", "dB", note, "good" if gain > 0 else "bad")
+
+
+def render_tiles(tiles: Sequence[Tile]) -> str:
+    """Tiles next to each other.   -> HTML"""
+    cells = [
+        f'<div class="tile {tile.tone}" title="{escape(tile.hint, quote=True)}"><span>{escape(tile.name)}</span>'
+        f"<b>{escape(tile.value)}{f' <small>{escape(tile.unit)}</small>' if tile.unit else ''}</b>"
+        f"<span>{escape(tile.note)}</span></div>"
+        for tile in tiles
+    ]
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _score_tile(name: str, scores: Mapping[str, Mapping[str, Any]]) -> Tile:
+    score, info = scores[name], metric_info(name)
+    width = half_width(score, info.digits)
+    unit = " ".join(part for part in (width, info.unit) if part)
+    before = scores.get(f"input_{name}")
+    note = f"input {decimals(before['mean'], info.digits)} {info.unit}".rstrip() if before else _better(name)
+    return Tile(info.label, decimals(score["mean"], info.digits), unit, note, hint=_hint(score, info.digits))
+
+
+def _gain_tile(score: Mapping[str, Any]) -> Tile:
+    digits = metric_info("gain_db").digits
+    tile = gain_tile("gain over input", score["mean"], "mean over images")
+    width = half_width(score, digits)
+    return Tile(tile.name, tile.value, f"{width} dB".lstrip(), tile.note, tile.tone, _hint(score, digits))
+
+
+def _hint(score: Mapping[str, Any], digits: int) -> str:
+    text = interval(score, digits)
+    return f"95 % interval over images: {text}" if text else ""
+
+
+def _better(name: str) -> str:
+    if name not in METRICS:
+        return ""
+    return f"{metric_info(name).better} is better"
+
+
+def _warning(report: Mapping[str, Any]) -> str:
+    """Failed images stand at the top of the page, not only in a list."""
+    count = len(report.get("failed", ()))
+    if not count:
+        return ""
+    whole = count + len(report["images"])
+    verb = "image has" if count == 1 else "images have"
+    return f'<p class="warning" role="alert"><b>{count} of {whole}</b> {verb} no scores: <a href="#failed">why</a></p>'
+
+
+def _case_sections(report: Mapping[str, Any], cases: Sequence[Case]) -> list[tuple[str, str, str]]:
+    if not cases:
+        return []
+    count = len(report["images"])
+    if report.get("kind") == "generation":
+        note = f'<p class="note">The first {len(cases)} of {count} images. Click one to see it large.</p>'
+        return [("pictures", "Images", note + picture_grid(report, cases))]
+    worst, best = split_cases(report, cases)
+    note = (
+        f'<p class="note">{len(cases)} of {count} images are shown, ranked by PSNR. Click one to compare two sides '
+        "with a slider. Large images are shown reduced; scores are of the exact images.</p>"
+    )
+    if not best:
+        return [("cases", "Images", note + case_cards(report, worst))]
+    return [
+        ("worst", "Worst cases", note + case_cards(report, worst)),
+        ("best", "Best cases", case_cards(report, best)),
+    ]
 
 
 def _facts(report: Mapping[str, Any], mlflow: Mapping[str, str] | None) -> str:
+    protocol = report["protocol"]
+    unused = {name for name in METRICS if name not in protocol.get("metrics", METRICS)}  # formulas of other metrics
     groups: list[tuple[str, Mapping[str, Any]]] = [
+        ("Protocol", {name: text for name, text in protocol.items() if name not in unused}),
         ("Model", report["model"]),
         ("Data", report["data"]),
         ("Sampler", report["sampler"]),
-        ("Protocol", report["protocol"]),
+        *((f"Network: {name}", facts) for name, facts in report.get("networks", {}).items()),
         ("Evaluation", report.get("eval", {})),
         ("MLflow", mlflow or {}),
     ]
     cards = "".join(
-        f'<div class="card"><h3>{name}</h3><dl>'
-        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in _flat(facts))
+        f'<div class="card"><h3>{escape(name)}</h3><dl>'
+        + "".join(f"<dt>{escape(key)}</dt><dd>{_fact(key, value)}</dd>" for key, value in flat(facts))
         + "</dl></div>"
         for name, facts in groups
         if facts
     )
-    return f'<h2>What was measured</h2><div class="facts">{cards}</div>'
+    return f'<div class="facts">{cards}</div>'
 
 
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested mappings."""
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _fact(name: str, text: str) -> str:
+    return f"<code>{escape(text)}</code>" if name.endswith(("digest", "fingerprint", "sha256")) else escape(text)
 
 
-def _exceptions(summary: Mapping[str, Any]) -> str:
-    """Which PSNR values a mean does not hold, in words."""
-    parts = []
-    if summary["infinite"]:
-        parts.append(f"{summary['infinite']} restored exactly (PSNR inf)")
-    if summary["nan"]:
-        parts.append(f"{summary['nan']} not a number")
-    return ", ".join(parts)
+def _configuration(config: str) -> str:
+    return f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>" if config else ""
+
+
+def _command(command: str) -> str:
+    return f'<div class="command"><pre>{escape(command)}</pre><button class="plain">copy</button></div>'

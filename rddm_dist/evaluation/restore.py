@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from rddm_dist.config import Config
     from rddm_dist.loading import Model
 
+NOT_FINITE = "the network's output is not finite: the weights are damaged or the training diverged"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class RestoreSettings:
@@ -69,7 +72,7 @@ class RestoreSettings:
         if self.generate:
             raise ModelError(
                 "this model generates images from noise alone (diffusion.generate=true) and restores none; use "
-                "rddm sample"
+                "rddm sample, or rddm evaluate --num N"
             )
 
     def check_generating(self) -> None:
@@ -92,27 +95,39 @@ class NetSampler:
     """
 
     def __init__(
-        self, net: Network, schedule: Schedule, settings: RestoreSettings, *, device: str | torch.device | None = None
+        self,
+        net: Network,
+        schedule: Schedule,
+        settings: RestoreSettings,
+        *,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
     ) -> None:
         settings.check(schedule)
         self.device = next(net.parameters()).device if device is None else torch.device(device)
         # Folded where it lies, so that a GPU holds the folded filters alone.
         self._net = folded(net).to(self.device)
         self._schedule, self._settings = schedule.to(self.device), settings
+        self._precision = precision
         self.multiple_of = net.multiple_of
 
-    def __call__(self, x_in: Tensor, ids: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x_in: Tensor, ids: Sequence[int], mask: Tensor | None = None, *, seed: int | None = None
+    ) -> Tensor:
         """x_in: (B, C, H, W) float32 in [-1, 1] on the device, H and W multiples of `multiple_of`; of a generating
-        network its shape alone counts; ids: B ids that decide the noise; mask: (B, 1, H, W) float32 in [0, 1] or None
-        ->  (B, C, H, W) float32 in [-1, 1]."""
+        network its shape alone counts; ids: B ids that decide the noise; mask: (B, 1, H, W) float32 in [0, 1] or None;
+        seed: other than that of the settings  ->  (B, C, H, W) float32 in [-1, 1]."""
         settings = self._settings
+        seed = settings.seed if seed is None else seed
         return sample(
-            self._net,
+            self._forward,
             self._schedule,
             objective=settings.objective,
             x_in=x_in,
             steps=settings.steps,
-            draws=Draws(settings.seed, torch.tensor(list(ids), dtype=torch.int64), str(self.device)),
+            draws=Draws(
+                settings.seed if seed is None else seed, torch.tensor(list(ids), dtype=torch.int64), str(self.device)
+            ),
             eta=settings.eta,
             mask=mask,
             update=settings.update,
@@ -125,25 +140,54 @@ class NetSampler:
             use=settings.use,
         )
 
+    def _forward(self, *inputs: Any) -> list[Tensor]:
+        """The network's outputs in float32; the sampler's own arithmetic is float32 whatever the network runs in."""
+        if self._precision == "fp32":
+            return list(self._net(*inputs))
+        with torch.autocast(self.device.type, AUTOCAST[self._precision]):
+            return [output.float() for output in self._net(*inputs)]
+
 
 class Restorer:
     """A network with its schedule and sampler settings, from 8-bit images to 8-bit images."""
 
     def __init__(
-        self, net: Network, schedule: Schedule, settings: RestoreSettings, *, device: str | torch.device | None = None
+        self,
+        net: Network,
+        schedule: Schedule,
+        settings: RestoreSettings,
+        *,
+        device: str | torch.device | None = None,
+        precision: str = "fp32",
     ) -> None:
         settings.check_restoring()
-        self._sampler = NetSampler(net, schedule, settings, device=device)
+        self._sampler = NetSampler(net, schedule, settings, device=device, precision=precision)
         self.settings = settings
 
     def restore(self, images: np.ndarray, ids: Sequence[int], masks: np.ndarray | None = None) -> np.ndarray:
-        """Restore images of one size.
+        """Restore images of one size: those of `restore_levels`, rounded.   -> (B, H, W, 3) uint8
+
+        Raises ModelError for what is not finite.
+        """
+        return to_images(self._restore(images, ids, masks, seed=None))
+
+    def restore_levels(
+        self, images: np.ndarray, ids: Sequence[int], masks: np.ndarray | None = None, *, seed: int | None = None
+    ) -> np.ndarray:
+        """Restore images of one size, without rounding.   -> (B, H, W, 3) float32, 255 (x0 + 1) / 2 or not finite
+
+        seed: other than that of the settings; the rest: see `_restore`.
+        """
+        return to_levels(self._restore(images, ids, masks, seed=seed))
+
+    def _restore(self, images: np.ndarray, ids: Sequence[int], masks: np.ndarray | None, *, seed: int | None) -> Tensor:
+        """x0 of images of one size.
 
         images: (B, H, W, 3) uint8; ids: B ids of the images (`stable_id(key)`), which decide their noise;
-        masks: (B, H, W) or (B, H, W, 1) uint8 or None  ->  (B, H, W, 3) uint8, round(255 (x0 + 1) / 2).
+        masks: (B, H, W) or (B, H, W, 1) uint8 or None  ->  (B, 3, H, W) float32.
         The network sees the images preprocessed as in training, then padded at the bottom and the right to the multiple
-        it needs; padding is cut off again, a resized image stays as it is, (B, resize, resize, 3). An image's noise
-        does not depend on padding, batch or device.
+        it needs; padding is cut off again, a resized image stays as it is, resize x resize. An image's noise does not
+        depend on padding, batch or device.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise DataError(f"images must be (B, H, W, 3) uint8, got {images.shape} {images.dtype}")
@@ -161,8 +205,8 @@ class Restorer:
         if masks is not None:
             mask = torch.tensor(masks).to(device).permute(0, 3, 1, 2).float() / 255.0
             mask = pad_to_multiple(mask, self._sampler.multiple_of)
-        x0 = self._sampler(pad_to_multiple(x_in, self._sampler.multiple_of), ids, mask)
-        return to_images(x0[..., :height, :width])
+        x0 = self._sampler(pad_to_multiple(x_in, self._sampler.multiple_of), ids, mask, seed=seed)
+        return x0[..., :height, :width]
 
     def as_restored(self, image: np.ndarray) -> np.ndarray:
         """An image in the geometry of the restored ones, for comparing: resized where they are.   (H, W, C) uint8"""
@@ -179,9 +223,19 @@ def _check_masks(masks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def to_images(x0: Tensor) -> np.ndarray:
     """(B, C, H, W) float in [-1, 1]  ->  (B, H, W, C) uint8, rounded; ModelError for what is not finite."""
     if not bool(torch.isfinite(x0).all()):
-        raise ModelError("the network's output is not finite: the weights are damaged or the training diverged")
+        raise ModelError(NOT_FINITE)
     pixels = ((x0 + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def to_levels(x0: Tensor) -> np.ndarray:
+    """(B, C, H, W) float in [-1, 1]  ->  (B, H, W, C) float32 in [0, 255], neither rounded nor checked."""
+    return ((x0 + 1.0) * 127.5).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def round_levels(levels: np.ndarray) -> np.ndarray:
+    """Finite levels as the 8-bit image that `to_images` makes of them.   (..., 3) float32  ->  uint8"""
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -233,11 +287,17 @@ def restore_settings(
 
 
 def make_restorer(
-    model: Model, *, steps: int | None = None, eta: float | None = None, seed: int = 0, device: str = "cpu"
+    model: Model,
+    *,
+    steps: int | None = None,
+    eta: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "fp32",
 ) -> Restorer:
     """A restorer for a loaded model; None takes the model's own sample.steps and sample.eta."""
     settings = restore_settings(model.config, steps=steps, eta=eta, seed=seed)
-    return Restorer(model.net, model.schedule, settings, device=device)
+    return Restorer(model.net, model.schedule, settings, device=device, precision=precision)
 
 
 def load_restorer(

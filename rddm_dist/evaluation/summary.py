@@ -1,4 +1,4 @@
-"""From per-image rows to the report of an evaluation: the object in report.json, the same bytes whoever ran the units.
+"""What an evaluation found, as one object for report.json that has the same bytes whoever ran the units.
 
 Numbers that JSON lacks are written as "inf" and "nan". A restored image that equals its target has PSNR inf: a mean is
 over the finite values, and how many values were infinite or not a number stands beside it.
@@ -6,33 +6,40 @@ over the finite values, and how many values were infinite or not a number stands
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from data_pipeline import storage
 from data_pipeline.errors import DataError
-from rddm_dist.evaluation.protocol import METRICS, get_protocol
+from rddm_dist.evaluation.cases import Case
+from rddm_dist.evaluation.job import settings_dict
+from rddm_dist.evaluation.statistics import bootstrap_mean
 from rddm_dist.tracking.journal import json_safe
 
 if TYPE_CHECKING:
-    from data_pipeline.manifest import Manifest
-    from rddm_dist.evaluation.evaluate import EvalSettings
-    from rddm_dist.evaluation.gallery import ReportImage
+    import numpy as np
+
+    from rddm_dist.evaluation.evaluate import Outcome, Plan
     from rddm_dist.loading import Model
 
-FORMAT_VERSION = 1
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+FORMAT_VERSION = 2
+REPORT_JSON, REPORT_HTML, TIMINGS_JSON = "report.json", "index.html", "timings.json"
+POOLED = ("lab_mae", "input_lab_mae")  # metrics whose mean over all pixels of a region is given too
+NO_SCORES = ("width", "height", "seconds")
 
 
 def summarize(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation and extremes of the finite values, and how many were not finite.
+    """Mean, standard deviation, extremes and 95 % interval of the finite values, and how many were not finite.
 
-    Sums are exact (math.fsum), so the order of the values does not matter. mean, std, min and max are None where no
-    value is finite; std is that of a sample, None for fewer than two.
+    Sums are exact (math.fsum), so the order of the values does not matter to mean and std. mean, std, min and max are
+    None where no value is finite; std is that of a sample. low and high: bootstrap interval of the mean over images,
+    None, like std, for fewer than two.
     """
     finite = [value for value in values if math.isfinite(value)]
     count = len(finite)
@@ -40,11 +47,14 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
     std = None
     if mean is not None and count > 1:
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (count - 1))
+    low, high = bootstrap_mean(finite) or (None, None)
     return {
         "mean": mean,
         "std": std,
         "min": min(finite, default=None),
         "max": max(finite, default=None),
+        "low": low,
+        "high": high,
         "count": count,
         "infinite": sum(math.isinf(value) for value in values),
         "nan": sum(math.isnan(value) for value in values),
@@ -52,84 +62,152 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Summaries of psnr, ssim, input_psnr, input_ssim and of gain_db, the PSNR gained per image."""
-    names = [prefix + metric for metric in METRICS for prefix in ("input_", "")]
-    scores = {name: summarize([float(row[name]) for row in rows]) for name in names if rows and name in rows[0]}
-    scores["gain_db"] = summarize([float(row["psnr"]) - float(row["input_psnr"]) for row in rows])
+    """Summaries of every score in the rows, which are in the order of their keys, and of gain_db, the PSNR gained."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if _is_score(name, value)))
+    scores = {name: summarize([float(row[name]) for row in rows if name in row]) for name in names}
+    for name in names:
+        metric = next((metric for metric in POOLED if name == metric or name.startswith(f"{metric}_")), None)
+        pixels = "pixels" + name[len(metric) :] if metric else ""
+        if pixels and all(pixels in row for row in rows):
+            total = math.fsum(row[pixels] for row in rows)
+            scores[name]["pooled"] = (
+                math.fsum(row[name] * row[pixels] for row in rows if row[pixels]) / total if total else None
+            )
+    if "psnr" in scores and "input_psnr" in scores:
+        scores["gain_db"] = summarize([float(row["psnr"]) - float(row["input_psnr"]) for row in rows])
     return scores
 
 
-def build_report(
-    rows: Sequence[Mapping[str, Any]], *, model: Model, data: str, manifest: Manifest, settings: EvalSettings
-) -> dict[str, Any]:
-    """The object for report.json from the rows of all units, in any order; images that failed are listed apart."""
-    from rddm_dist.config import identity_digest
-    from rddm_dist.evaluation.restore import restore_settings
+def _is_score(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and name not in NO_SCORES and not name.startswith("pixels")
 
-    config = model.config
-    scored = [row for row in rows if "error" not in row]
-    failed = sorted((dict(row) for row in rows if "error" in row), key=lambda row: str(row["key"]))
-    if failed and not scored:
+
+def build_report(
+    plan: Plan,
+    outcome: Outcome,
+    *,
+    name: str,
+    model: Model | None = None,
+    outputs: str = "",
+    reference: tuple[Plan, Outcome] | None = None,
+) -> dict[str, Any]:
+    """The object for report.json.
+
+    name: how tables call it; model: whose images these are, or outputs: the folder they lie in; reference: the images
+    that a generation is compared with.
+    """
+    settings = plan.job.settings
+    scored = [_row(row) for row in outcome.rows if "kind" not in row]
+    failed = [_row(row) for row in outcome.rows if "kind" in row]
+    if failed and not scored and all(row["kind"] == "unreadable" for row in failed):
         raise DataError(f"none of the {len(failed)} images can be read; the first: {failed[0]['error']}")
-    sampler = restore_settings(config, steps=settings.steps, eta=settings.eta, seed=settings.seed)
-    side = sampler.preprocess.resize
-    protocol = {**get_protocol(settings.protocol).describe(), **({"size": f"resized to {side}x{side}"} if side else {})}
+    _refuse_twice(outcome.rows)
+    source, source_rows = plan.source, outcome.rows
+    if reference is not None:
+        source, source_rows = reference[0].source, reference[1].rows
+    assert source is not None, "what is scored is compared with images from somewhere"
+    protocol: dict[str, Any] = {**plan.job.protocol.describe(), "metrics": list(settings.pair_metrics)}
+    sampler = dict(plan.job.identity["sampler"])
+    side = sampler.get("preprocess", {}).get("resize", 0)
+    if side and protocol["size"] == "native":
+        protocol["size"] = f"resized to {side}x{side}"
     return {
         "format_version": FORMAT_VERSION,
+        "kind": "generation" if reference is not None else plan.job.kind,
+        "name": name,
         "protocol": protocol,
-        "scores": summarize_rows(scored),
-        "model": {
-            "path": model.path,
-            "weights_digest": model.digest,
-            "config_digest": identity_digest(config),
-            **model.extra,
+        "scores": summarize_rows(scored) if plan.job.protocol.compares_pairs else {},
+        "distribution": _distribution(plan, outcome, reference[1] if reference is not None else None),
+        "networks": plan.networks,
+        "model": _describe_model(model) if model is not None else {"path": outputs},
+        "data": {
+            "uri": source.uri,
+            "fingerprint": source.fingerprint,
+            "num_samples": source.num_samples,
+            "targets_digest": _targets_digest(source_rows),
         },
-        "data": {"uri": data, "fingerprint": manifest.fingerprint, "num_samples": manifest.num_samples},
-        "sampler": sampler.describe(),
-        "eval": asdict(settings),
-        "images": sort_rows(scored),
+        "sampler": sampler,
+        "eval": {**settings_dict(settings), "torch": torch.__version__},
+        "images": scored,
         "failed": failed,
     }
 
 
-def sort_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows in the order of their keys; DataError for no rows, or a key that comes twice."""
-    if not rows:
-        raise DataError("the evaluation has no images: the dataset is empty")
-    ordered = sorted((dict(row) for row in rows), key=lambda row: row["key"])
-    for first, second in zip(ordered, ordered[1:], strict=False):
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for the report: what a computation took says nothing about its result."""
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
+    from rddm_dist.config import identity_digest
+
+    digests = {"weights_digest": model.digest, "config_digest": identity_digest(model.config)}
+    return {"path": model.path, **digests, **model.extra}
+
+
+def _targets_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Names a set of target images by their pixels, whatever they are called."""
+    digests = sorted(row["target_sha256"] for row in rows if "target_sha256" in row)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _distribution(plan: Plan, outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
+    """FID, KID and Inception Score of the images against their targets, or against a reference."""
+    names = plan.job.settings.set_metrics
+    if not names or "features" not in outcome.vectors:  # no image is finite, and each is listed as failed
+        return {}
+    from rddm_dist.evaluation import distribution
+    from rddm_dist.evaluation.distribution import Moments
+
+    made: np.ndarray = outcome.vectors["features"]
+    real = reference.vectors["features"] if reference is not None else outcome.vectors["target_features"]
+    counts = {"images": len(made), "reference": len(real)}
+    found: dict[str, Any] = {}
+    if "fid" in names:
+        found["fid"] = {"value": distribution.fid(Moments.of(real), Moments.of(made)), **counts}
+    if "kid" in names:
+        value, std = distribution.kid(real, made)
+        size = distribution.kid_subset_size(len(real), len(made))
+        found["kid"] = {"value": value, "std": std, "subset_size": size, **counts}
+    if "is" in names:
+        value, std = distribution.inception_score(outcome.vectors["logits"])
+        found["is"] = {"value": value, "std": std, "splits": distribution.inception_splits(len(made)), **counts}
+    return found
+
+
+def _refuse_twice(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError for a key that comes twice.   rows: sorted by key"""
+    for first, second in zip(rows, rows[1:], strict=False):
         if first["key"] == second["key"]:
             raise DataError(f"key {first['key']} was scored twice")
-    return ordered
 
 
 def write_report_files(
-    out: Path, report: Mapping[str, Any], *, command: str, images: Sequence[ReportImage] | None = None
+    out: str | Path,
+    report: Mapping[str, Any],
+    *,
+    command: str,
+    cases: Sequence[Case] = (),
+    seconds: float | None = None,
+    curve: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write report.json and report.html into `out`, each whole or not at all.
+    """Write report.json, timings.json and index.html into `out`, a path or a URL, each whole or not at all.
 
-    `images` are shown in report.html; by default those that the evaluation left in `out`/images.
+    seconds: that one image took; it stands apart, because report.json has the same bytes every time.
     """
-    from rddm_dist.evaluation.gallery import load_report_images
     from rddm_dist.evaluation.report import write_report
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / REPORT_JSON, report)
-    if images is None:
-        images = load_report_images(report, images_dir=out / "images")
-    write_report(out / REPORT_HTML, report, images=images, command=command)
+    storage.make_folder(str(out))
+    write_json(storage.join(str(out), REPORT_JSON), report)
+    write_json(storage.join(str(out), TIMINGS_JSON), {"seconds_per_image": seconds})
+    write_report(storage.join(str(out), REPORT_HTML), report, cases=cases, command=command, curve=curve)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Valid JSON of the value, atomically."""
     write_text(path, json.dumps(json_safe(value), indent=1, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a process killed midway leaves what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file, at a path or a URL, whole or not at all; a process killed midway leaves what was there."""
+    storage.write_bytes_atomic(str(path), text.encode())

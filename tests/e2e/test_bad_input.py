@@ -16,6 +16,7 @@ from rddm_dist.cli import main as entry
 from rddm_dist.training.ownership import OWNER_PATTERN
 from tests.e2e.conftest import TinyRun
 from tests.support.datasets import make_dataset, make_folders
+from tests.support.evaluation import feature_network, lpips_network, tiny_generator, tiny_model
 from tests.support.ownership_probe import Child
 from tests.support.processes import rddm
 
@@ -282,23 +283,173 @@ def test_a_truncated_checkpoint(refused: Refused, tiny_run: TinyRun, tmp_path: P
     assert not (tmp_path / "report").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, feature networks, data packed and in folders: all that evaluations need, and some that do not fit."""
+    folder = tmp_path_factory.mktemp("room")
+    tiny_model(folder)
+    tiny_generator(folder / "generator")
+    feature_network(folder)
+    lpips_network(folder)
+    (folder / "text.pt").write_text("no network")
+    make_dataset(folder, count=3)
+    make_folders(folder, count=3)
+    (folder / "empty").mkdir()
+    for name in ("few", "odd"):
+        shutil.copytree(folder / "input", folder / name)
+    (folder / "few" / "photo_001.png").unlink()
+    Image.new("RGB", (10, 9)).save(folder / "odd" / "photo_001.png")
+    return folder
+
+
+@pytest.fixture
+def refused_there(room: Path, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """The same in the room, for one line of words; nothing may be written.   -> the line on stderr"""
+    monkeypatch.chdir(room)
+
+    def call(words: str) -> str:
+        line = refused(*words.split(), "--out", tmp_path / "report")
+        assert not (tmp_path / "report").exists()
+        return line
+
+    return call
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("options", "said"),
     [
-        (["--protocol", "psnr"], "psnr is unknown; choose one of rgb, y"),
-        (["--steps", "21"], "must lie in 1..20"),
-        (["--steps", "2,5"], "several step counts are not supported yet"),
-        (["--steps", "none"], "--steps=none must be a number"),
-        (["--actors", "1:3"], "a range of workers is not supported yet"),
-        (["--data", "/nowhere"], "/nowhere is no packed dataset"),
+        ("--protocol psnr", "protocol psnr is not known; choose one of generation, istd"),
+        ("--protocol rgb+border", "+border is no modifier or comes twice; allowed are +borderN"),
+        ("--protocol y+float+float", "+float is no modifier or comes twice"),
+        ("--protocol generation+float", "protocol generation takes no +float"),
+        ("--protocol istd", "protocol istd needs masks and data has none; give or pack it with --mask"),
+        ("--protocol sidd", "photo_000 (input): protocol sidd takes 256x256 blocks, got 48x40"),
+        ("--protocol rgb+border20", "a border of 20 pixels leaves nothing of 48x40"),
+        ("--protocol generation", "protocol generation compares sets of images through a feature network"),
+        ("--protocol generation --features features.pt", "what a model restores is scored by another one"),
+        ("--metrics psnrr", "--metrics=psnrr is not known; choose from psnr, ssim"),
+        ("--metrics lpips", "--metrics=lpips needs the file of its network; give --lpips FILE"),
+        ("--metrics fid", "--metrics=fid needs a feature network; give --features FILE"),
+        ("--metrics ms_ssim", "MS-SSIM needs images of at least 176x176 pixels, got 48x40"),
+        ("--metrics is --features lpips.pt", "lpips.pt is an LPIPS network; give a feature network"),
+        ("--lpips features.pt", "features.pt is a feature network; give an LPIPS network"),
+        ("--lpips absent.pt", "absent.pt is not a file; get https://"),
+        ("--features text.pt", "text.pt is no network"),
+        ("--steps 0", "--steps=0 must be at least 1"),
+        ("--steps 2,2", "each number once"),
+        ("--steps none", "--steps=none must be numbers"),
+        ("--steps 21", "must lie in 1..20"),
+        ("--steps 1,21", "must lie in 1..20"),
+        ("--samples 0", "--samples=0 must be from 1 to 1000"),
+        ("--precision fp8", "--precision=fp8 is not known; choose fp32, bf16 or fp16"),
+        ("--precision fp16", "--precision=fp16 needs a GPU"),
+        ("--actors 2:1", "--actors=2:1 must be at least 1, with MIN not above MAX"),
+        ("--actors 0:2", "--actors=0:2 must be at least 1"),
+        ("--actors many", "--actors=many must be a number or MIN:MAX"),
+        ("--gpus-per-actor 1", "--gpus-per-actor=1 is about actors and --actors=0 has none"),
+        ("--num 2", "restores degraded images and generates none"),
+        ("--input input --target target", "--data and --input name two sources; give one of them"),
+        ("--split test", "--split=test does not go with --data"),
     ],
 )
-def test_evaluate_with_a_wrong_setting(
-    refused: Refused, tiny_run: TinyRun, tmp_path: Path, arguments: list[str], said: str
+def test_evaluate_with_a_wrong_setting(refused_there: Refused, options: str, said: str) -> None:
+    assert said in refused_there(f"evaluate model.safetensors --data data --actors 0 {options}")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "give --data URI, or --input and --target folders"),
+        ("--data nowhere", "nowhere is no packed dataset"),
+        ("--data empty", "empty is no packed dataset"),
+        ("--data input", "--data input holds no manifest.json"),
+        ("--input input", "give --input and --target folders"),
+        ("--input empty --target target", "--input empty holds no images"),
+        ("--input few --target target", "have no image of the same name in --input few: photo_001.png"),
+        ("--input input --target few", "have no image of the same name in --target few: photo_001.png"),
+        ("--input input --target target --mask few", "have no image of the same name in --mask few: photo_001.png"),
+        ("--input odd --target target", "photo_001 (input): protocol rgb compares images of one size, got 10x9"),
+        ("--list absent.tsv", "--list absent.tsv does not exist"),
+    ],
+)
+def test_evaluate_with_a_wrong_source(refused_there: Refused, source: str, said: str) -> None:
+    assert said in refused_there(f"evaluate model.safetensors --actors 0 {source}")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "generates images from noise alone (diffusion.generate=true) and restores none"),
+        ("--num 2", "protocol rgb compares pairs of images and --num makes images without partners"),
+        ("--num 2 --protocol generation", "give --features FILE"),
+        ("--num 2 --protocol generation --features lpips.pt", "lpips.pt is an LPIPS network"),
+        ("--num 2 --protocol generation --features features.pt --metrics ssim", "--metrics=ssim compares pairs"),
+        ("--num 2 --protocol generation --features features.pt --steps 1,21", "must lie in 1..20"),
+    ],
+)
+def test_evaluate_of_generated_images_with_a_wrong_setting(refused_there: Refused, options: str, said: str) -> None:
+    assert said in refused_there(f"evaluate generator/model.safetensors --data data --actors 0 {options}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("input", "give --target DIR with the clean images, or --data URI"),
+        ("input --data data --target target", "--data and --target name two sources"),
+        ("input --target target --protocol psnr", "protocol psnr is not known"),
+        ("input --target target --protocol istd", "protocol istd needs masks and --target target has none"),
+        ("input --target target --protocol generation", "give --features FILE"),
+        ("input --target target --metrics fid", "--metrics=fid needs a feature network"),
+        ("input --target target --lpips features.pt", "features.pt is a feature network"),
+        ("input --target target --input few", "have no image of the same name in --input few: photo_001.png"),
+        ("input --target empty", "--target empty holds no images"),
+        ("input --target few", "1 of 3 images in input have no target of the same name: photo_001.png"),
+        ("few --target target", "1 of 3 targets have no image of the same name in few: photo_001"),
+        ("few --data data", "1 of 3 targets have no image of the same name in few: photo_001"),
+        ("odd --target target", "photo_001 (restored): protocol rgb compares images of one size, got 10x9"),
+        ("empty --target target", "empty holds no images"),
+        ("absent --target target", "absent is not a folder"),
+    ],
+)
+def test_score_with_wrong_images(refused_there: Refused, words: str, said: str) -> None:
+    assert said in refused_there(f"score {words}")
+
+
+def test_an_output_folder_that_is_a_file(refused: Refused, room: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for words in (("evaluate", room / "model.safetensors", "--actors", 0), ("score", room / "input")):
+        line = refused(*words, "--data", room / "data", "--out", "file")
+        assert "--out file cannot be written (Not a directory); choose another" in line
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+def test_reports_that_cannot_be_compared(
+    refused: Refused, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = ["evaluate", tiny_run.run_dir, "--data", tiny_run.data, "--out", tmp_path / "report"]
-    assert said in refused(*base, *arguments)
-    assert not (tmp_path / "report").exists()
+    """Of another protocol, of other targets, of an older format, none at all."""
+    for name, options in {
+        "rgb": ("--target", room / "target"),
+        "y": ("--target", room / "target", "--protocol", "y"),
+        "other": ("--target", room / "input"),
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["rddm", "score", *map(str, (room / "input", *options, "--out", name))])
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        assert ended.value.code == 0
+    report = json.loads((tmp_path / "rgb" / "report.json").read_text())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text(json.dumps({**report, "format_version": 1}))
+    (tmp_path / "text.json").write_text("none")
+    for other, said in (
+        ("y", "scores of different protocols are not compared"),
+        ("other", "are of different data"),
+        ("old", "is of format 1 and lacks what a comparison needs; evaluate again"),
+        ("text.json", "is not a report"),
+        ("absent", "there is no report"),
+        ("rgb", "is given twice"),
+    ):
+        line = refused("compare", "rgb", other, "--out", "table.md")
+        assert said in line and not (tmp_path / "table.md").exists()
 
 
 def test_unknown_commands_and_options_end_with_2_as_well(tmp_path: Path) -> None:
@@ -312,5 +463,5 @@ def test_some_unreadable_inputs_are_listed_and_the_rest_is_done(tiny_run: TinyRu
     (tmp_path / "input" / "photo_001.png").write_bytes(b"no image")
     result = rddm("restore", str(tiny_run.run_dir), "input", "--out", "restored", cwd=tmp_path)
     assert result.code == 3, result.text
-    assert "restored 2 of 3 image(s)" in result.stdout and "failed: input/photo_001.png" in result.stdout
+    assert "restored 2 of 3 image(s)" in result.stdout and "failed: input/photo_001.png" in result.stderr
     assert sorted(path.name for path in (tmp_path / "restored").iterdir()) == ["photo_000.png", "photo_002.png"]
