@@ -15,6 +15,7 @@ from PIL import Image
 from data_pipeline.errors import BadSample, ModelError
 from data_pipeline.rng import stable_id
 from rddm_dist.evaluation import results
+from rddm_dist.evaluation.allocator import keep_freed_memory
 from rddm_dist.evaluation.cases import Extremes, make_case
 from rddm_dist.evaluation.job import Job, Unit
 from rddm_dist.evaluation.protocol import score
@@ -33,6 +34,8 @@ class UnitRunner:
     def __init__(self, job: Job) -> None:
         settings = job.settings
         torch.set_num_threads(settings.threads)
+        if settings.device == "cpu":
+            keep_freed_memory()
         self._job, self._settings, self._protocol = job, settings, job.protocol
         self._device = settings.device
         self._source = open_source(job.source) if job.source else None
