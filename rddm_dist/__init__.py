@@ -97,6 +97,8 @@ def evaluate(
     """
     import tempfile
 
+    import torch
+
     from rddm_dist.evaluation.evaluate import plan_restoration, run_plan
     from rddm_dist.evaluation.job import EvalSettings
     from rddm_dist.evaluation.sources import PackedSource
@@ -112,8 +114,12 @@ def evaluate(
         overrides=tuple(overrides),
     )
     plan = plan_restoration(loaded, PackedSource(data), settings)
-    with tempfile.TemporaryDirectory(prefix="rddm-evaluation-") as folder:
-        outcome = run_plan(plan, out=str(out) or folder)
+    threads = torch.get_num_threads()
+    try:
+        with tempfile.TemporaryDirectory(prefix="rddm-evaluation-") as folder:
+            outcome = run_plan(plan, out=str(out) or folder)
+    finally:
+        torch.set_num_threads(threads)
     return build_report(plan, outcome, name=loaded.extra.get("run", ""), model=loaded)
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rddm_dist.cli.arguments import count_range, name_list, steps_list
-from rddm_dist.cli.evaluation import Evaluation, choose_device, file_path, find_source, finish, stopping_at
+from rddm_dist.cli.evaluation import (
+    Evaluation,
+    choose_device,
+    file_path,
+    find_clean_source,
+    find_source,
+    finish,
+    stopping_at,
+)
 
 if TYPE_CHECKING:
     from rddm_dist.loading import Model
@@ -60,6 +68,7 @@ def evaluate(
     tracking_uri: Annotated[str, typer.Option(help="MLflow server of models:/ names")] = "",
 ) -> int:
     """Score a model: report.json, index.html and a table. The same command continues where it was interrupted."""
+    from data_pipeline.errors import ConfigError
     from rddm_dist.evaluation.job import EvalSettings
     from rddm_dist.loading import load_model
 
@@ -82,8 +91,15 @@ def evaluate(
         lpips=file_path(lpips),
         features=file_path(features),
     )
-    source = find_source(data, input=input, target=target, mask=mask, list=list, root=root, layout=layout, split=split)
-    folder = out or str(default_report_dir(loaded))
+    if num and samples > 1:
+        raise ConfigError(f"--samples={samples} is about images that are restored; with --num raise that")
+    if num and target is not None and input is None:
+        source = find_clean_source(target)
+    else:
+        source = find_source(
+            data, input=input, target=target, mask=mask, list=list, root=root, layout=layout, split=split
+        )
+    folder = out or str(default_report_dir(loaded, protocol))
     work = Evaluation(
         loaded, source, evaluation, name=name or model_name(loaded), out=folder, limit=limit, num=num,
         keep_images=save_images, pool=pool, gpus_per_actor=gpus_per_actor,
@@ -113,18 +129,24 @@ def sampler_overrides(given: list[str] | None, *, steps: str, eta: float) -> tup
     return tuple(given or ())
 
 
-def default_report_dir(model: Model) -> Path:
-    """`<run>/report` for a run, a checkpoint or an export in a local run folder, else `report` here."""
-    from data_pipeline import storage
+def default_report_dir(model: Model, protocol: str) -> Path:
+    """`<run>/report` for a run, a checkpoint or an export in a local run folder, else `report` here.
 
+    Protocols other than rgb have their name in it, as in `report-y`.
+    """
+    from data_pipeline import storage
+    from rddm_dist.evaluation.protocol import get_protocol
+
+    protocol = get_protocol(protocol).name
+    name = "report" if protocol == "rgb" else f"report-{protocol}"
     if not storage.is_local(model.path):
-        return Path("report")
+        return Path(name)
     path = Path(model.path)
     folder = path if path.is_dir() else path.parent
     for candidate in (folder, folder.parent.parent):
         if (candidate / "config.yaml").is_file():
-            return candidate / "report"
-    return Path("report")
+            return candidate / name
+    return Path(name)
 
 
 def model_name(model: Model) -> str:

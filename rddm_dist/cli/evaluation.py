@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -55,7 +55,10 @@ class Evaluation:
         return report, outcome
 
     def run_curve(self, wanted: list[int]) -> dict[str, Any]:
-        """Evaluate with several numbers of steps.   -> the report that stands for the model"""
+        """Evaluate with several numbers of steps.
+
+        -> the report that stands for the model, with what failed at any number of steps
+        """
         from data_pipeline import storage
         from rddm_dist.evaluation.curve import CURVE_JSON, Point, build_curve, folder_of, main_point
         from rddm_dist.evaluation.restore import restore_settings
@@ -76,7 +79,8 @@ class Evaluation:
             seconds=main.seconds_per_image, curve=curve,
         )  # fmt: skip
         print_curve(curve)
-        return dict(main.report)
+        failed = [row for point in points for row in point.report["failed"]]
+        return {**main.report, "failed": failed}
 
     def _evaluate(self, steps: int, folder: str) -> tuple[dict[str, Any], Outcome, float | None]:
         from rddm_dist.evaluation.evaluate import plan_features, plan_generation, plan_restoration, seconds_per_image
@@ -89,13 +93,15 @@ class Evaluation:
                 self._model, range(self._num), settings, size=self._size(), keep_images=self._keep_images
             )
             reference_plan = plan_features(self._source, settings, limit=self._limit)
-            reference = (reference_plan, self._work(reference_plan, folder, "reference"))
+            # In the folder of the whole: one reference serves every number of steps.
+            reference = (reference_plan, self._work(reference_plan, self._out, "reference"))
         else:
             plan = plan_restoration(
                 self._model, self._source, settings, limit=self._limit, keep_images=self._keep_images
             )
         outcome = self._work(plan, folder, f"evaluate, {steps} step(s)")
         report = build_report(plan, outcome, name=self._name, model=self._model, reference=reference)
+        prepare_report(folder, report)
         seconds = seconds_per_image(outcome)
         write_report_files(folder, report, command=self.command(str(steps)), cases=outcome.cases, seconds=seconds)
         return report, outcome, seconds
@@ -121,6 +127,9 @@ class Evaluation:
             words += ["--eta", f"{settings.eta:g}"]
         words += ["--seed", str(settings.seed), "--batch-size", str(settings.batch_size)]
         for flag, value, plain in (
+            ("--name", self._name, ""),
+            ("--actors", _pool_words(self._pool), "1"),
+            ("--gpus-per-actor", f"{self._gpus_per_actor:g}", "0"),
             ("--num", self._num, 0),
             ("--limit", self._limit, 0),
             ("--samples", settings.samples, 1),
@@ -140,6 +149,11 @@ class Evaluation:
         from rddm_dist.evaluation.sources import PackedSource
 
         return ["--data", self._source.uri] if isinstance(self._source, PackedSource) else shlex.split(self._source.uri)
+
+
+def _pool_words(pool: tuple[int, int]) -> str:
+    least, most = pool
+    return str(least) if least == most else f"{least}:{most}"
 
 
 def choose_device(pool: tuple[int, int], gpus_per_actor: float) -> str:
@@ -185,6 +199,14 @@ def find_source(data: str, **given: Any) -> Source:
     return FileSource(pairs, uri=shlex.join(words))
 
 
+def find_clean_source(folder: Path) -> Source:
+    """Clean images that generated ones are compared with as a set."""
+    from data_pipeline.sources import find_clean
+    from rddm_dist.evaluation.sources import FileSource
+
+    return FileSource(find_clean(folder, flag="--target"), uri=shlex.join(["--target", str(folder)]))
+
+
 def executor(pool: tuple[int, int], gpus_per_actor: float) -> Execute:
     """Where units run: in this process, or on a pool of actors."""
     from rddm_dist.evaluation.runner import run_here
@@ -227,6 +249,29 @@ def stopping_at(folder: str) -> Iterator[None]:
         raise typer.Exit(STOPPED) from error
 
 
+def prepare_report(folder: str, report: Mapping[str, Any]) -> None:
+    """Make room for a report: say which one of another kind it takes the place of, and remove the curve of that."""
+    import json
+
+    from data_pipeline import storage
+    from rddm_dist.evaluation.curve import CURVE_JSON
+    from rddm_dist.evaluation.summary import REPORT_JSON
+
+    path = storage.join(folder, REPORT_JSON)
+    if not storage.exists(path):
+        return
+    storage.remove(storage.join(folder, CURVE_JSON))
+    try:
+        old = json.loads(storage.read_bytes(path))
+        was, now = (
+            f"{each['name']}, protocol {each['protocol']['name']}, on {each['data']['uri']}" for each in (old, report)
+        )
+    except (KeyError, TypeError, ValueError):
+        was, now = "one of an older format", ""
+    if was != now:
+        say(f"{path} was another report ({was}) and is replaced; --out takes them apart")
+
+
 def finish(report: dict[str, Any], folder: str) -> int:
     """Print the scores and what failed.   -> the exit code"""
     from data_pipeline import storage
@@ -235,7 +280,7 @@ def finish(report: dict[str, Any], folder: str) -> int:
     for row in report["failed"]:
         print(f"failed: {row['error']}", file=sys.stderr)
     if report["failed"]:
-        say(f"{len(report['failed'])} of {len(report['failed']) + len(report['images'])} image(s) failed")
+        say(f"{len(report['failed'])} image(s) failed; they are in no score")
     say(f"report: {storage.join(folder, 'index.html')}")
     return 3 if report["failed"] else 0
 
@@ -243,11 +288,12 @@ def finish(report: dict[str, Any], folder: str) -> int:
 def print_scores(report: dict[str, Any]) -> None:
     """The mean scores with their intervals as a table."""
     from rich.table import Table
+    from rich.text import Text
 
     from rddm_dist.evaluation.metrics import metric_info
 
     scores, protocol = report["scores"], report["protocol"]
-    table = Table(title=f"{report['name']}: {len(report['images'])} images, protocol {protocol['name']}")
+    table = Table(title=Text(f"{report['name']}: {len(report['images'])} images, protocol {protocol['name']}"))
     has_input = any(name.startswith("input_") for name in scores)
     for column in ("", *(["input"] if has_input else []), "restored", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right")
@@ -275,17 +321,18 @@ def print_curve(curve: dict[str, Any]) -> None:
 
     from rddm_dist.evaluation.metrics import metric_info
 
+    points = curve["points"]
     combined = f"mean{curve['samples']}_"
     shown = ("psnr", "ssim", "lpips", f"{combined}psnr", f"{combined}ssim", f"{combined}lpips", "spread")
-    names = [name for name in shown if name in curve["points"][0]["scores"]]
-    sets = list(curve["points"][0]["distribution"])
+    names = [name for name in shown if any(name in point["scores"] for point in points)]
+    sets = [name for name in ("fid", "kid", "is") if any(name in point["distribution"] for point in points)]
     table = Table(title=f"quality against cost, protocol {curve['protocol']['name']}")
-    for column in ("steps", *(metric_info(name).label for name in [*names, *sets]), "s/image"):
+    for column in ("steps", *(metric_info(name).label for name in [*names, *sets]), "failed", "s/image, one sample"):
         table.add_column(column, justify="right")
-    for point in curve["points"]:
-        values = [(name, point["scores"][name]["mean"]) for name in names]
-        values += [(name, point["distribution"][name]["value"]) for name in sets]
+    for point in points:
+        values = [(name, point["scores"].get(name, {}).get("mean")) for name in names]
+        values += [(name, point["distribution"].get(name, {}).get("value")) for name in sets]
         cells = ["-" if value is None else f"{value:.{metric_info(name).digits}f}" for name, value in values]
         seconds = point["seconds_per_image"]
-        table.add_row(str(point["steps"]), *cells, "-" if seconds is None else f"{seconds:.3f}")
+        table.add_row(str(point["steps"]), *cells, str(point["failed"]), "-" if seconds is None else f"{seconds:.3f}")
     console.print(table)

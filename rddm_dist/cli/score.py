@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from rddm_dist.cli.evaluation import (
     file_path,
     find_source,
     finish,
+    prepare_report,
     run_with_bar,
     session_of,
     stopping_at,
@@ -51,6 +53,7 @@ def score(
     limit: Annotated[int, typer.Option(help="Only the first N keys; 0: all", min=0)] = 0,
 ) -> int:
     """Score images in a folder: report.json, index.html and a table, to be compared with other reports."""
+    from data_pipeline.records import make_key
     from rddm_dist.evaluation.evaluate import plan_files
     from rddm_dist.evaluation.job import EvalSettings
     from rddm_dist.evaluation.protocol import get_protocol
@@ -69,7 +72,7 @@ def score(
     settings.check()
     source = _find_targets(outputs, data, target=target, input=input, mask=mask)
     title = name or outputs.resolve().name
-    folder = out or str(Path("scores") / title)
+    folder = out or str(Path("scores") / make_key(f"{title}-{get_protocol(protocol).name}"))
     execute = executor(pool, gpus_per_actor)
     reference: tuple[Plan, Outcome] | None = None
     with stopping_at(folder), session_of(pool, threads):
@@ -79,9 +82,13 @@ def score(
             plan, reference = _plan_sets(source, outputs, settings, limit=limit, folder=folder, execute=execute)
         outcome = run_with_bar(plan, folder, execute, title="score")
     report = build_report(plan, outcome, name=title, outputs=str(outputs), reference=reference)
-    words = _words(outputs, data=data, target=target, input=input, mask=mask, metrics=metrics, lpips=lpips)
-    more = ["--features", features] if features else []
-    command = shlex.join([*words, *more, "--protocol", report["protocol"]["name"], "--name", title])
+    given = {
+        "data": data, "target": target, "input": input, "mask": mask, "metrics": metrics, "lpips": lpips,
+        "features": features, "protocol": report["protocol"]["name"], "name": title, "limit": limit,
+        "batch-size": batch_size, "threads": threads,
+    }  # fmt: skip
+    command = shlex.join(["rddm", "score", str(outputs), *_words(given)])
+    prepare_report(folder, report)
     write_report_files(folder, report, command=command, cases=outcome.cases)
     return finish(report, folder)
 
@@ -99,7 +106,7 @@ def _find_targets(outputs: Path, data: str, **given: Path | None) -> Source:
         return find_source(data, **given)
     if target is None:
         raise ConfigError("give --target DIR with the clean images, or --data URI")
-    uri = shlex.join(word for flag, value in given.items() if value for word in (f"--{flag}", str(value)))
+    uri = shlex.join(_words(given))
     return FileSource(find_pairs(input, target, mask), uri=uri)
 
 
@@ -118,6 +125,5 @@ def _plan_sets(
     return plan, (reference, run_with_bar(reference, folder, execute, title="reference"))
 
 
-def _words(outputs: Path, **options: Any) -> list[str]:
-    given = [word for flag, value in options.items() if value for word in (f"--{flag}", str(value))]
-    return ["rddm", "score", str(outputs), *given]
+def _words(options: Mapping[str, Any]) -> list[str]:
+    return [word for flag, value in options.items() if value for word in (f"--{flag}", str(value))]

@@ -6,6 +6,7 @@ import base64
 import bisect
 import io
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline import storage
+
+log = logging.getLogger(__name__)
 
 FOLDER = "cases"
 NUM_CASES = 12  # of the worst images, and of the best
@@ -107,19 +110,32 @@ class CaseStore:
 
     def load(self, keys: Sequence[str]) -> list[Case]:
         """Those of the keys that are there, in their order."""
-        present = self.keys
-        return [Case.from_json(storage.read_bytes(self._path(key))) for key in keys if key in present]
+        found = {key: self._read(key) for key in self._stored.intersection(keys)}
+        return [case for key in keys if (case := found.get(key)) is not None]
 
     def keep(self, keys: Iterable[str]) -> None:
         """Remove all others."""
-        for key in self.keys.difference(keys):
+        for key in self._stored.difference(keys):
             storage.remove(self._path(key))
 
     @property
     def keys(self) -> set[str]:
-        """Of the cases that are there."""
+        """Of the cases that are there and whole."""
+        return {case.key for case in self.load(sorted(self._stored))}
+
+    @property
+    def _stored(self) -> set[str]:
         names = storage.list_names(self._folder)
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def _read(self, key: str) -> Case | None:
+        """None for a damaged one, which its evaluation makes again."""
+        try:
+            case = Case.from_json(storage.read_bytes(self._path(key)))
+        except (TypeError, ValueError) as error:
+            log.warning("%s is damaged and made again: %s", self._path(key), error)
+            return None
+        return case if case.key == key else None
 
     def _path(self, key: str) -> str:
         return storage.join(self._folder, f"{key}.json")

@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 16, 48
 MAX_POINTS = 600
 BINS = 24  # about that many bars over the range of a histogram
+ROUNDING = 1e-12  # values that differ by less than this part of them are equal
+SMALLEST = 1e-300  # and those that differ by less than this
 
 Role = Literal["main", "second", "faint", "reference"]
 
@@ -94,7 +96,7 @@ def histogram(samples: Sequence[Sample], *, title: str, x_label: str) -> str:
     if not values:
         return _figure(title, "", '<p class="note">No finite values.</p>')
     low, high = min(values), max(values)
-    span = high - low or max(abs(low) * 0.1, 1e-3)
+    span = _span(low, high) or max(abs(low) * 0.1, 1e-3)
     width = nice_step(span / BINS)
     first = math.floor(low / width)
     counts = {name: _count(found, first, width) for name, found in finite.items()}
@@ -109,6 +111,12 @@ def histogram(samples: Sequence[Sample], *, title: str, x_label: str) -> str:
             for index, count in sorted(counts[sample.name].items())
         ]
     return _figure(title, "".join(parts), _legend(samples))
+
+
+def _span(low: float, high: float, *, log: bool = False) -> float:
+    """high - low, or 0 where that is a rounding error of the values (with `log`, whose logarithms low and high are)."""
+    error = ROUNDING if log else max(ROUNDING * max(abs(low), abs(high)), SMALLEST)
+    return high - low if high - low > error else 0.0
 
 
 def nice_step(rough: float) -> float:
@@ -231,7 +239,9 @@ def _make_axis(
     """An axis over the values, wider by `part` of their range at both ends (only above with from_zero)."""
     places = [math.log10(value) if log else value for value in values]
     low, high = min(places), max(places)
-    padding = (high - low) * part if high > low else abs(high) * 0.05 or 1.0
+    span = _span(low, high, log=log)
+    flat = 1.0 if log or abs(high) < SMALLEST else abs(high) * 0.05
+    padding = span * part if span else flat
     return _Axis(0.0 if from_zero else low - padding, high + padding, *ends, log=log)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # ITU-R BT.601, studio range: black is 16, white 235.
@@ -23,13 +25,13 @@ def studio_luma(image: np.ndarray, *, rounded: bool = True) -> np.ndarray:
 
     Y = 16 + (65.481 R + 128.553 G + 24.966 B) / 255, rounded to integers, halves up, unless `rounded` is False.
     """
-    luma = 16.0 + image.astype(np.float64) @ np.array(STUDIO_WEIGHTS) / 255.0
+    luma = 16.0 + _weighted(image.astype(np.float64), STUDIO_WEIGHTS) / 255.0
     return np.floor(luma + 0.5) if rounded else luma
 
 
 def mean_gray(image: np.ndarray) -> float:
     """Mean of the full-range gray 0.299 R + 0.587 G + 0.114 B, not rounded.   (H, W, 3) in [0, 255]  ->  in [0, 255]"""
-    return float(image.reshape(-1, 3).mean(axis=0, dtype=np.float64) @ np.array(GRAY_WEIGHTS))
+    return float(_weighted(image.reshape(-1, 3).mean(axis=0, dtype=np.float64), GRAY_WEIGHTS))
 
 
 def match_mean_gray(image: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -53,7 +55,16 @@ def srgb_to_lab(image: np.ndarray) -> np.ndarray:
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     matrix = np.array(SRGB_TO_XYZ_D50)
     # Rows that sum to 1: a gray has X = Y = Z up to rounding.
-    xyz = linear @ (matrix / matrix.sum(axis=1, keepdims=True)).T
+    rows = matrix / matrix.sum(axis=1, keepdims=True)
+    xyz = np.stack([_weighted(linear, row) for row in rows], axis=-1)
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def _weighted(image: np.ndarray, weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The weighted sum of the channels, added in their order: the digits of a matrix product depend on its threads.
+
+    image: (..., 3) float64  ->  (...) float64
+    """
+    return image[..., 0] * weights[0] + image[..., 1] * weights[1] + image[..., 2] * weights[2]

@@ -75,8 +75,8 @@ class Comparison:
 def compare(reports: Sequence[ScoredReport], *, metrics: Sequence[str] = (), baseline: str = "") -> Comparison:
     """Put reports side by side.   metrics: default, all but derived ones; baseline: name of a row, default the first
 
-    ConfigError for reports that cannot be compared (another protocol, other targets, other feature networks), a
-    report given twice, and a metric or baseline that is not there.
+    ConfigError for reports that cannot be compared (another protocol, other targets or inputs, other feature
+    networks), a report given twice, and a metric or baseline that is not there.
     """
     if not reports:
         raise ConfigError("no reports are given; give one report.json or more")
@@ -141,8 +141,9 @@ def _input_report(reports: Sequence[ScoredReport], metrics: Sequence[str]) -> tu
         for name in names:
             a, b = first.scores[f"{INPUT}_{name}"], other.scores.get(f"{INPUT}_{name}")
             if b is not None and not _is_close(a.mean, b.mean):
+                why = "" if sorted(first.targets) == sorted(other.targets) else ", as other images failed"
                 label = metric_info(name).label
-                return None, [f"No row of the input: {first.name} and {other.name} differ in its {label}."]
+                return None, [f"No row of the input: {first.name} and {other.name} differ in its {label}{why}."]
     row = replace(
         first,
         name=INPUT,
@@ -214,23 +215,32 @@ def pair_images(a: ScoredReport, b: ScoredReport) -> tuple[str, list[int], list[
 
 
 def _mark_best(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
-    """Mark the best value of each column, all of them where several are equal; the input takes no part."""
-    best: list[float | None] = []
+    """Mark the best value of each column, all of them where several are equal, among its contenders."""
+    best: set[tuple[int, int]] = set()
     for place, name in enumerate(metrics):
-        values = [row.cells[place].value for row in rows if row.kind != INPUT]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        pick = max if metric_info(name).better == "higher" else min
-        best.append(pick(finite) if len(finite) > 1 else None)
+        values = _contenders(rows, place)
+        if len(values) > 1:
+            top = max(values.values()) if metric_info(name).better == "higher" else min(values.values())
+            best |= {(index, place) for index, value in values.items() if value == top}
     return [
-        replace(
-            row,
-            cells=tuple(
-                replace(cell, is_best=row.kind != INPUT and cell.value is not None and cell.value == top)
-                for cell, top in zip(row.cells, best, strict=True)
-            ),
-        )
-        for row in rows
+        replace(row, cells=tuple(replace(cell, is_best=(i, place) in best) for place, cell in enumerate(row.cells)))
+        for i, row in enumerate(rows)
     ]
+
+
+def _contenders(rows: Sequence[Row], place: int) -> dict[int, float]:
+    """Which rows may be the best of a column, and their values: those with a finite one over the most images.
+
+    Who fails on hard images has the better mean of the others. The input takes no part.
+    """
+    values = _finite_values(rows, place)
+    most = max((rows[index].images for index in values), default=0)
+    return {index: value for index, value in values.items() if rows[index].images == most}
+
+
+def _finite_values(rows: Sequence[Row], place: int) -> dict[int, float]:
+    found = {index: row.cells[place].value for index, row in enumerate(rows) if row.kind != INPUT}
+    return {index: value for index, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _notes(reports: Sequence[ScoredReport], rows: Sequence[Row], metrics: Sequence[str], baseline: str) -> list[str]:
@@ -245,6 +255,10 @@ def _notes(reports: Sequence[ScoredReport], rows: Sequence[Row], metrics: Sequen
                 parts += [f"{score.nan} not a number"] if score.nan else []
                 label = metric_info(name).label
                 notes.append(f"{report.name}: values left out of the mean {label}: {' and '.join(parts)}.")
+    fewer = {i for place in range(len(metrics)) for i in _finite_values(rows, place).keys() - _contenders(rows, place)}
+    if fewer:
+        names = ", ".join(rows[index].name for index in sorted(fewer))
+        notes.append(f"Not marked as best where others have scores of more images: {names}.")
     by_target = [row.name for row in rows if row.pairing == "target"]
     if by_target:
         notes.append(f"Paired by target, as names of images differ: {', '.join(by_target)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -17,6 +18,7 @@ from rddm_dist.evaluation.summary import FORMAT_VERSION, REPORT_JSON
 from rddm_dist.evaluation.wording import flat, row_score
 
 INPUT = "input"  # the row of doing nothing, and the prefix of its scores
+LARGEST = 1e100  # no score is larger, and sums of larger ones overflow
 EXPECTED = "give what rddm evaluate or rddm score wrote"
 NETWORK_OF = {"fid": "features", "kid": "features", "is": "features"}  # set metrics; LPIPS may have a prefix or suffix
 
@@ -53,6 +55,7 @@ class _Protocol(BaseModel, extra="allow"):
 
 class _Data(BaseModel):
     targets_digest: PlainText = ""
+    inputs_digest: PlainText = ""
 
 
 class _Sampler(BaseModel):
@@ -82,7 +85,8 @@ class _File(BaseModel):
 class ScoredReport:
     """A report as a comparison needs it.
 
-    uri: where it was read; protocol: its description without what was computed; networks: sha256 by role;
+    uri: where it was read; protocol: its description without what was computed; targets_digest, inputs_digest: name
+    the sets of images by their pixels ("" where there are none); networks: sha256 by role;
     names, targets: of each image, its name and the sha256 of its target ("" where there is none); failed: names of
     the images without scores; columns: scores per image, (N,) float64 in the order of names, nan where one has none.
     """
@@ -92,6 +96,7 @@ class ScoredReport:
     kind: str
     protocol: Mapping[str, Any]
     targets_digest: str
+    inputs_digest: str
     steps: int | None
     networks: Mapping[str, str]
     scores: Mapping[str, Score]
@@ -145,6 +150,7 @@ def _scored(file: _File, uri: str) -> ScoredReport:
         kind=file.kind,
         protocol=protocol,
         targets_digest=file.data.targets_digest,
+        inputs_digest=file.data.inputs_digest,
         steps=file.sampler.steps,
         networks={role: network.sha256 for role, network in file.networks.items()},
         scores=file.scores,
@@ -165,7 +171,9 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, uri: str) -> np.ndarra
     for place, row in enumerate(rows):
         try:
             value = row_score(row, name)
-        except (TypeError, ValueError) as error:
+            if value is not None and LARGEST < abs(value) < math.inf:
+                raise OverflowError(f"{value} is larger than any score")
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{uri} is not a whole report: {plain(name)} of image {place} is no number; evaluate again"
             ) from error
@@ -176,10 +184,13 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str, uri: str) -> np.ndarra
 
 def distinct_names(reports: Sequence[ScoredReport]) -> list[ScoredReport]:
     """The reports with a name of its own each: a name that comes twice, or "input", is followed by the path."""
-    uris = [report.uri for report in reports]
-    for uri in uris:
-        if uris.count(uri) > 1:
-            raise ConfigError(f"{uri} is given twice; give each report once")
+    seen: dict[str, str] = {}
+    for report in reports:
+        place = str(local_path(report.uri).resolve()) if is_local(report.uri) else report.uri
+        if place in seen:
+            other = f", also as {seen[place]}" if seen[place] != report.uri else ""
+            raise ConfigError(f"{report.uri} is given twice{other}; give each report once")
+        seen[place] = report.uri
     taken = [INPUT, *(report.name for report in reports)]
     return [
         replace(report, name=f"{report.name} ({plain(report.uri)})") if taken.count(report.name) > 1 else report
@@ -188,7 +199,10 @@ def distinct_names(reports: Sequence[ScoredReport]) -> list[ScoredReport]:
 
 
 def check_comparable(reports: Sequence[ScoredReport]) -> None:
-    """Raise ConfigError unless all reports are of one protocol, in every part of it, and of the same targets."""
+    """Raise ConfigError unless all reports are of one protocol, in every part of it, and of the same images.
+
+    That is of the same targets and, where both have inputs (files may be scored without), of the same inputs.
+    """
     first = reports[0]
     for other in reports[1:]:
         names = [report.protocol["name"] for report in (first, other)]
@@ -206,6 +220,13 @@ def check_comparable(reports: Sequence[ScoredReport]) -> None:
             raise ConfigError(
                 f"{first.uri} and {other.uri} are of different data (targets {_short(first.targets_digest)} and "
                 f"{_short(other.targets_digest)}); compare scores of the same images only"
+            )
+    having = [report for report in reports if report.inputs_digest]
+    for other in having[1:]:
+        if other.inputs_digest != having[0].inputs_digest:
+            raise ConfigError(
+                f"{having[0].uri} and {other.uri} are of different data (inputs {_short(having[0].inputs_digest)} and "
+                f"{_short(other.inputs_digest)}); compare restorations of the same inputs only"
             )
 
 

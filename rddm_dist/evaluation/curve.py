@@ -36,6 +36,7 @@ def build_curve(points: Sequence[Point]) -> dict[str, Any]:
                 "seconds_per_image": point.seconds_per_image,
                 "scores": point.report["scores"],
                 "distribution": point.report["distribution"],
+                "failed": len(point.report["failed"]),
             }
             for point in points
         ],

@@ -1,7 +1,13 @@
-"""Metrics of whole sets of images, from their features in float64: FID, KID and the Inception Score."""
+"""Metrics of whole sets of images, from their features in float64: FID, KID and the Inception Score.
+
+All of them are computed by one thread, since several add in an order of their own: the digits are the same whatever the
+process does with its cores.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +23,17 @@ KID_DEGREE, KID_OFFSET = 3, 1.0
 Matrix = Tensor | np.ndarray
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread of PyTorch and its linear algebra; also a decorator. Restores the number there was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over feature vectors; sets are joined by adding them.
@@ -29,6 +46,7 @@ class Moments:
     outer: Tensor
 
     @staticmethod
+    @one_thread()
     def of(features: Matrix) -> Moments:
         """features: (N, D) of any float type, N may be 0. DataError where they are not finite."""
         x = _matrix(features, what="features")
@@ -53,6 +71,7 @@ class Moments:
         return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
+@one_thread()
 def fid(a: Moments, b: Moments) -> float:
     """Frechet distance of two Gaussians with these moments; 0 for equal sets.
 
@@ -78,6 +97,7 @@ def kid_subset_size(num_real: int, num_fake: int, subset_size: int = 1000) -> in
     return min(subset_size, num_real, num_fake)
 
 
+@one_thread()
 def kid(
     real: Matrix, fake: Matrix, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -107,6 +127,7 @@ def inception_splits(num_images: int, splits: int = 10) -> int:
     return max(1, min(splits, num_images // LEAST))
 
 
+@one_thread()
 def inception_score(logits: Matrix, *, splits: int = 10) -> tuple[float, float]:
     """Inception Score: mean and standard deviation over parts of exp(mean KL(p(class | image) || p(class))).
 
@@ -155,7 +176,8 @@ def _drawn(x: Tensor, size: int, seed: int, purpose: str, subset: int) -> Tensor
 def _matrix(values: Matrix, *, what: str) -> Tensor:
     """(N, D) float64 on the CPU. ValueError for another shape, DataError for numbers that are not finite."""
     if isinstance(values, np.ndarray):
-        matrix = torch.from_numpy(np.array(values, dtype=np.float64))  # a copy: arrays from files cannot be written to
+        # A copy, as PyTorch aligns it: arrays from files cannot be written to, and sums differ with the alignment.
+        matrix = torch.tensor(values, dtype=torch.float64)
     else:
         matrix = values.detach().to("cpu", torch.float64)
     if matrix.ndim != 2:

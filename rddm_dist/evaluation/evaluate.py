@@ -6,12 +6,14 @@ killed goes on where it stopped, and whoever runs the units, in whatever order, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +21,23 @@ import numpy as np
 
 from data_pipeline import storage
 from data_pipeline.decode import decode_image
-from data_pipeline.errors import BadSample, ConfigError, RddmError
+from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentFault, RddmError
 from data_pipeline.rng import stable_id
 from rddm_dist.evaluation import results
 from rddm_dist.evaluation.cases import Case, CaseStore, Extremes
-from rddm_dist.evaluation.job import EvalSettings, Job, Unit, make_identity, numbered_entries, plan_units
+from rddm_dist.evaluation.job import (
+    EvalSettings,
+    Job,
+    Unit,
+    digest_of,
+    make_identity,
+    numbered_entries,
+    plan_units,
+)
 from rddm_dist.evaluation.protocol import get_protocol
 from rddm_dist.evaluation.results import ResultStore
 from rddm_dist.evaluation.runner import GENERATED_CASES, run_here
-from rddm_dist.evaluation.sources import Entry, FileSource, Source, attach_outputs, check_entry_sizes, require
+from rddm_dist.evaluation.sources import Entry, Source, attach_outputs, check_entry_sizes, require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IMAGES = "images"
+PICTURES = (results.PNG, results.CASE)
 READERS = 16
 
 Execute = Callable[[Job, Sequence[Unit]], Iterator[bytes]]
@@ -93,14 +104,16 @@ def plan_restoration(
         needing = f"protocol {protocol.name}" if protocol.needs_mask else "the model"
         require(source, mask_for=needing)
     entries = _first(source.entries(), limit)
+    networks, lpips_side = describe_networks(settings)
     check_entry_sizes(
         protocol,
         entries,
         metrics=settings.pair_metrics,
         side=sampler.preprocess.resize,
         needs_mask=sees_mask,
+        lpips_side=lpips_side,
     )
-    networks = describe_networks(settings)
+    _check_count(settings, len(entries))
     identity = make_identity(
         settings,
         fingerprint=source.fingerprint,
@@ -122,20 +135,17 @@ def plan_restoration(
 
 def plan_files(source: Source, folder: Path, settings: EvalSettings, *, limit: int = 0) -> Plan:
     """The images of `folder` are what another method made of the inputs of `source`; they belong together by name."""
-    from data_pipeline.sources import find_clean
-
     settings.check()
     protocol = get_protocol(settings.protocol)
     if protocol.needs_mask:
         require(source, mask_for=f"protocol {protocol.name}")
     entries = _first(attach_outputs(source.entries(), folder), limit)
-    check_entry_sizes(protocol, entries, metrics=settings.pair_metrics)
-    networks = describe_networks(settings)
-    outputs = FileSource(find_clean(folder, flag="outputs"), uri=str(folder))
-    identity = make_identity(
-        settings, fingerprint=source.fingerprint, weights_digest=outputs.fingerprint, networks=networks
-    )
-    job = Job("files", settings, identity, source=source.spec(), weights_digest=outputs.fingerprint)
+    networks, lpips_side = describe_networks(settings)
+    check_entry_sizes(protocol, entries, metrics=settings.pair_metrics, lpips_side=lpips_side)
+    _check_count(settings, len(entries))
+    outputs = digest_of([[entry.key, entry.digests["restored"]] for entry in entries])
+    identity = make_identity(settings, fingerprint=source.fingerprint, weights_digest=outputs, networks=networks)
+    job = Job("files", settings, identity, source=source.spec(), weights_digest=outputs)
     return Plan(job, plan_units(entries, batch_size=settings.batch_size), source, networks)
 
 
@@ -155,9 +165,8 @@ def plan_generation(
             f"protocol {protocol.name} compares pairs of images and --num makes images without partners; give "
             "--protocol generation"
         )
-    if len(numbers) < 2:
-        raise ConfigError(f"--num={len(numbers)} is too few for metrics of a whole set; give at least 2")
-    networks = describe_networks(settings)
+    _check_count(settings, len(numbers))
+    networks, _ = describe_networks(settings)
     identity = make_identity(
         settings, fingerprint="", weights_digest=model.digest, sampler=sampler.describe(), networks=networks, size=size
     )
@@ -187,20 +196,32 @@ def plan_features(source: Source, settings: EvalSettings, *, limit: int = 0, sho
         device=settings.device,
         features=settings.features,
     )
-    networks = describe_networks(plain)
+    networks, _ = describe_networks(plain)
     identity = make_identity(plain, fingerprint=source.fingerprint, networks=networks)
     job = Job("features", plain, identity, source=source.spec(), shows_cases=shows_cases)
     entries = _first(source.entries(), limit)
+    _check_count(plain, len(entries))
     return Plan(job, plan_units(entries, batch_size=settings.batch_size), source, networks)
 
 
-def describe_networks(settings: EvalSettings) -> dict[str, Any]:
-    """What LPIPS and set metrics are computed with; raises ModelError for a file that does not hold it."""
+def _check_count(settings: EvalSettings, count: int) -> None:
+    """Raise DataError for fewer images than metrics of a whole set need."""
+    if settings.set_metrics and count < 2:
+        raise DataError(f"{','.join(settings.set_metrics)} of {count} image(s) means nothing; give at least 2")
+
+
+def describe_networks(settings: EvalSettings) -> tuple[dict[str, Any], int]:
+    """What LPIPS and set metrics are computed with, and the least side that LPIPS takes.
+
+    Raises ModelError for a file that does not hold it.
+    """
     networks: dict[str, Any] = {}
+    lpips_side = 1
     if settings.lpips and "lpips" in settings.pair_metrics:
         from rddm_dist.evaluation.features import load_lpips
 
-        networks["lpips"] = load_lpips(settings.lpips).describe()
+        distance = load_lpips(settings.lpips)
+        networks["lpips"], lpips_side = distance.describe(), distance.smallest
     if settings.features:
         from rddm_dist.evaluation.features import load_features
 
@@ -213,7 +234,7 @@ def describe_networks(settings: EvalSettings) -> dict[str, Any]:
                 f"--metrics=is needs class logits and --features {settings.features} ({network.name}) gives none; "
                 "leave it out or give a network with them"
             )
-    return networks
+    return networks, lpips_side
 
 
 def run_plan(plan: Plan, *, out: str, execute: Execute = run_here, progress: Progress | None = None) -> Outcome:
@@ -293,17 +314,22 @@ class _Collector:
 
     def _keep(self, digest: str, table: pa.Table) -> None:
         """Store a table, its pictures first: what is stored is complete."""
-        pictures = [results.PNG, results.CASE]
         rows = results.rows_of(table)
-        self._count(results.rows_of(results.without(table, pictures)))
+        self._count(results.rows_of(results.without(table, PICTURES)))
+        with writing(self._images):
+            self._write(digest, table, rows)
+
+    def _write(self, digest: str, table: pa.Table, rows: Sequence[dict[str, Any]]) -> None:
         shown = set(self._shown()) if any(results.CASE in row for row in rows) else set()
         for row in rows:
             if results.PNG in row:
                 storage.make_folder(self._images)
                 storage.write_bytes_atomic(storage.join(self._images, f"{row['key']}.png"), row[results.PNG])
+            elif "kind" in row and self._job.keep_images:
+                storage.remove(storage.join(self._images, f"{row['key']}.png"))  # of an earlier evaluation
             if results.CASE in row and row["key"] in shown:
                 self._cases.put(Case.from_json(row[results.CASE]))
-        self._store.put(digest, results.without(table, pictures))
+        self._store.put(digest, results.without(table, PICTURES))
 
     def _count(self, rows: Sequence[dict[str, Any]]) -> None:
         self._rows.extend(rows)
@@ -336,9 +362,11 @@ class _Collector:
 
     def _vectors(self) -> dict[str, np.ndarray]:
         found: dict[str, list[tuple[str, np.ndarray]]] = {name: [] for name in results.VECTORS}
-        for digest in self._units:
-            table = self._store.get(digest, whole=False)
-            assert table is not None, "it was just stored"
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = list(pool.map(partial(self._store.get, whole=False), self._units))
+        for table in tables:
+            if table is None:
+                raise EnvironmentFault(f"results in {self._store.folder} went away; run the same command again")
             for name, values in found.items():
                 values.extend(results.vectors_of(table, name))
         ordered = {name: sorted(values, key=lambda item: item[0]) for name, values in found.items() if values}
@@ -352,3 +380,15 @@ def seconds_per_image(outcome: Outcome) -> float | None:
 
 def _first(entries: list[Entry], limit: int) -> list[Entry]:
     return entries[:limit] if limit else entries
+
+
+@contextlib.contextmanager
+def writing(place: str) -> Iterator[None]:
+    """A full disk, or a folder that is not writable, as an EnvironmentFault in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{place} cannot be written ({error.strerror or error}); make room or choose another --out, then run the "
+            "command again: what is done is kept"
+        ) from error

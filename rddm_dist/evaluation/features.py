@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.errors import ModelError
 from rddm_dist.evaluation.networks.architectures import ARCHITECTURES, Kind, load_network, read_architecture
+from rddm_dist.evaluation.networks.lpips import LpipsNetwork
 from rddm_dist.evaluation.networks.programs import Program, load_program, run_program
 
 TRIAL_IMAGES, TRIAL_SIDE = 2, 64
@@ -52,10 +53,15 @@ class FeatureNetwork:
 
 @dataclass(frozen=True, eq=False)
 class Lpips:
-    """A perceptual distance of two images. name, digest: as of FeatureNetwork."""
+    """A perceptual distance of two images.
+
+    name, digest: as of FeatureNetwork; smallest: the least height and width of images, in pixels, that the network
+    takes; 1 of programs, which do not say.
+    """
 
     name: str
     digest: str
+    smallest: int
     device: str
     run: Callable[[Tensor, Tensor], Tensor]
 
@@ -68,7 +74,7 @@ class Lpips:
         ->  (B,) float64, on the network's device, without gradients.
 
         ValueError for another shape or type of images, ModelError where a program fails on them, DataError for images
-        smaller than a known architecture takes.
+        of fewer than `smallest` pixels on a side.
         """
         _check_images(x)
         _check_images(y)
@@ -109,10 +115,12 @@ def load_lpips(path: str | Path, *, device: str = "cpu") -> Lpips:
     if file.suffix == ".safetensors":
         architecture = read_architecture(file)
         _check_kind(architecture.kind, wanted="lpips", file=file)
-        return Lpips(architecture.name, digest, device, load_network(file, architecture).to(device))
+        net = load_network(file, architecture).to(device)
+        assert isinstance(net, LpipsNetwork)
+        return Lpips(architecture.name, digest, net.smallest, device, net)
     run = partial(run_program, _load_checked(file, wanted="lpips", device=device), source=str(file))
     _trial_lpips(run, file, device)
-    return Lpips(file.stem, digest, device, run)
+    return Lpips(file.stem, digest, 1, device, run)
 
 
 def _feature_runner(program: Program, file: Path) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -31,17 +32,27 @@ def distributions(report: Mapping[str, Any]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A line of a chart. score: its name in a point; samples: how many of each image the score takes."""
+
+    score: str
+    label: str
+    role: Role
+    samples: int = 1
+
+
 def steps_curve(curve: Mapping[str, Any]) -> str:
     """Quality against sampling steps and against seconds per image, and the table of the points.
 
-    curve: the object of curve.json.
+    curve: the object of curve.json, whose seconds are of one sample: the mean of k is drawn at k times as many.
     """
     points = sorted(curve["points"], key=lambda point: point["steps"])
     charts = []
     for name in METRICS:
         lines = _curve_lines(points, name)
         for axis, x_label in (("steps", "sampling steps"), ("seconds_per_image", "seconds per image")):
-            shown = [_against(points, axis, *line) for line in lines]
+            shown = [_against(points, axis, line) for line in lines]
             if any(s.points for s in shown):
                 info = metric_info(name)
                 arrow = "higher is better" if info.better == "higher" else "lower is better"
@@ -114,14 +125,16 @@ def _histogram(samples: Sequence[Sample], name: str) -> list[str]:
     return [histogram(shown, title=f"{info.label} of the images", x_label=heading(info))] if shown else []
 
 
-def _curve_lines(points: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[str, str, Role]]:
-    """(score, label, role) of each line that belongs in the chart of a metric."""
+def _curve_lines(points: Sequence[Mapping[str, Any]], metric: str) -> list[_Line]:
+    """The lines that belong in the chart of a metric."""
     names = {name for point in points for name in _all_scores(point)}
     means = sorted(name for name in names if name.startswith("mean") and name.endswith(f"_{metric}"))
-    lines: list[tuple[str, str, Role]] = [(metric, "one sample" if means else metric_info(metric).label, "main")]
-    lines += [(name, f"mean of {name[4 : name.index('_')]} samples", "second") for name in means]
-    lines.append((f"input_{metric}", "input", "reference"))
-    return [line for line in lines if line[0] in names]
+    lines = [_Line(metric, "one sample" if means else metric_info(metric).label, "main")]
+    for name in means:
+        samples = int(name[4 : name.index("_")])
+        lines.append(_Line(name, f"mean of {samples} samples", "second", samples))
+    lines.append(_Line(f"input_{metric}", "input", "reference"))
+    return [line for line in lines if line.score in names]
 
 
 def _all_scores(point: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -130,24 +143,26 @@ def _all_scores(point: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {**point["scores"], **whole}
 
 
-def _against(points: Sequence[Mapping[str, Any]], axis: str, name: str, label: str, role: Role) -> Series:
-    """The line of one score over point[axis]; a reference is drawn without intervals."""
-    line, intervals = [], {}
+def _against(points: Sequence[Mapping[str, Any]], axis: str, line: _Line) -> Series:
+    """A line over point[axis], seconds times the samples it takes; a reference is drawn without intervals."""
+    factor = line.samples if axis == "seconds_per_image" else 1
+    drawn, intervals = [], {}
     for point in points:
-        score, x = _all_scores(point).get(name), point[axis]
-        if score is None or score["mean"] is None or x is None:
+        score = _all_scores(point).get(line.score)
+        if score is None or score["mean"] is None or point[axis] is None:
             continue
-        line.append((float(x), float(score["mean"])))
-        if role != "reference" and score.get("low") is not None and score.get("high") is not None:
-            intervals[float(x)] = (float(score["low"]), float(score["high"]))
-    return Series(label, sorted(line), role, intervals)
+        x = factor * float(point[axis])
+        drawn.append((x, float(score["mean"])))
+        if line.role != "reference" and score.get("low") is not None and score.get("high") is not None:
+            intervals[x] = (float(score["low"]), float(score["high"]))
+    return Series(line.label, sorted(drawn), line.role, intervals)
 
 
 def _curve_table(points: Sequence[Mapping[str, Any]]) -> str:
     """One row for each number of steps, with a link to its own page."""
     names = list(dict.fromkeys(name for point in points for name in _all_scores(point)))
     names = [name for name in names if not name.startswith("input_")]
-    heads = ["s per image", *(heading(metric_info(name)) for name in names)]
+    heads = ["s per image (one sample)", *(heading(metric_info(name)) for name in names)]
     head = "<th>steps</th>" + "".join(f"<th>{escape(text)}</th>" for text in heads) + '<th class="text">report</th>'
     rows = []
     for point in points:

@@ -6,11 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import PIL
 import torch
 
+import data_pipeline
 from data_pipeline.errors import ConfigError, DataError
+from rddm_dist import __version__, diffusion, evaluation, model
 from rddm_dist.evaluation.metrics import METRICS, PAIR_METRICS
 from rddm_dist.evaluation.protocol import Protocol, get_protocol
 from rddm_dist.evaluation.sources import Entry
@@ -143,7 +149,7 @@ def make_identity(
         "precision": settings.precision,
         "threads": settings.threads,
         "device": settings.device.partition(":")[0],
-        "torch": torch.__version__,
+        "software": software(),
         "size": list(size),
     }
 
@@ -188,6 +194,18 @@ def plan_units(entries: Sequence[Entry], *, batch_size: int) -> list[Unit]:
 def numbered_entries(numbers: range, size: tuple[int, int]) -> list[Entry]:
     """Entries of images to generate, keyed by their numbers.   size: (height, width)"""
     return [Entry(f"{number:08d}", size[1], size[0]) for number in numbers]
+
+
+@lru_cache(maxsize=1)
+def software() -> dict[str, str]:
+    """What computes the digits: versions of libraries, and the sha256 of our own code that takes part."""
+    digest = hashlib.sha256()
+    for package in (data_pipeline, diffusion, model, evaluation):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}\n".encode() + path.read_bytes())
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    return {"rddm_dist": __version__, "code": digest.hexdigest(), **versions}
 
 
 def digest_of(value: Any) -> str:

@@ -22,16 +22,20 @@ def imresize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for axis in order:
         if size[axis] == image.shape[axis]:
             continue
-        weights = resize_weights(image.shape[axis], size[axis])
+        taps, sources = resize_taps(image.shape[axis], size[axis])
         lines = np.moveaxis(image.astype(np.float64), axis, 0)
-        resized = weights @ lines.reshape(lines.shape[0], -1)
-        resized = np.moveaxis(resized.reshape(size[axis], *lines.shape[1:]), 0, axis)
+        # One tap after the other: the digits of a matrix product depend on its library and threads.
+        resized = np.zeros((size[axis], *lines.shape[1:]))
+        for tap, source in zip(taps.T, sources.T, strict=True):
+            resized += tap[:, None, None] * lines[source]
+        resized = np.moveaxis(resized, 0, axis)
         image = np.floor(np.clip(resized, 0.0, 255.0) + 0.5).astype(np.uint8) if is_integer else resized
     return image if is_integer else image.astype(np.float64)
 
 
-def resize_weights(length: int, new_length: int) -> np.ndarray:
-    """What each old pixel of a line gives to each new one.   -> (new_length, length) float64, rows sum to 1"""
+def resize_taps(length: int, new_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each new pixel of a line is made of.   -> weights (new_length, taps) float64, whose rows sum to 1, and the
+    places of the old pixels they are for, (new_length, taps) int64, which may repeat"""
     scale = new_length / length
     stretch = max(1.0, 1.0 / scale)
     width = SUPPORT * stretch
@@ -42,10 +46,7 @@ def resize_weights(length: int, new_length: int) -> np.ndarray:
     taps = _cubic((centers[:, None] - positions) / stretch)
     taps /= taps.sum(axis=1, keepdims=True)
     folded = positions % (2 * length)  # 0 .. length - 1, then the mirror image length .. 2 length - 1
-    sources = np.where(folded < length, folded, 2 * length - 1 - folded)
-    weights = np.zeros((new_length, length))
-    np.add.at(weights, (np.arange(new_length)[:, None], sources), taps)
-    return weights
+    return taps, np.where(folded < length, folded, 2 * length - 1 - folded)
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:

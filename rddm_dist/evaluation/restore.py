@@ -228,6 +228,12 @@ def to_images(x0: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def be_exact_on_gpu() -> None:
+    """Let fp32 mean fp32 in this process (by default convolutions round to TF32), with the same kernels every time."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 def to_levels(x0: Tensor) -> np.ndarray:
     """(B, C, H, W) float in [-1, 1]  ->  (B, H, W, C) float32 in [0, 255], neither rounded nor checked."""
     return ((x0 + 1.0) * 127.5).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -19,7 +19,7 @@ from rddm_dist.evaluation.allocator import keep_freed_memory
 from rddm_dist.evaluation.cases import Extremes, make_case
 from rddm_dist.evaluation.job import Job, Unit
 from rddm_dist.evaluation.protocol import score
-from rddm_dist.evaluation.restore import NOT_FINITE, Restorer, make_restorer, round_levels
+from rddm_dist.evaluation.restore import NOT_FINITE, Restorer, be_exact_on_gpu, make_restorer, round_levels
 from rddm_dist.evaluation.sources import Images, open_source, pixel_digest
 
 GENERATED_CASES = 24  # images of a generation that its report shows
@@ -36,6 +36,8 @@ class UnitRunner:
         torch.set_num_threads(settings.threads)
         if settings.device == "cpu":
             keep_freed_memory()
+        else:
+            be_exact_on_gpu()
         self._job, self._settings, self._protocol = job, settings, job.protocol
         self._device = settings.device
         self._source = open_source(job.source) if job.source else None
@@ -47,10 +49,12 @@ class UnitRunner:
             from rddm_dist.evaluation.features import load_lpips
 
             self._lpips = load_lpips(settings.lpips, device=self._device)
+            self._require("lpips", settings.lpips, self._lpips.digest)
         if settings.features:
             from rddm_dist.evaluation.features import load_features
 
             self._features = load_features(settings.features, device=self._device)
+            self._require("features", settings.features, self._features.digest)
         if job.model:
             self._load_model()
 
@@ -62,6 +66,15 @@ class UnitRunner:
         }  # fmt: skip
         rows = work[self._job.kind](unit)
         return results.to_bytes(results.make_table(rows, unit=unit.digest(self._job.digest)))
+
+    def _require(self, kind: str, path: str, digest: str) -> None:
+        """Raise ModelError where a node holds another network file than the one that the job names."""
+        wanted = self._job.identity["networks"][kind]["sha256"]
+        if digest != wanted:
+            raise ModelError(
+                f"--{kind} {path} is another file here than where the evaluation began ({digest[:12]}, not "
+                f"{wanted[:12]}); give every machine the same one"
+            )
 
     def _load_model(self) -> None:
         from rddm_dist.evaluation.generate import make_generator
@@ -111,6 +124,8 @@ class UnitRunner:
         rows = []
         for image, outputs in zip(images, levels, strict=True):
             row: dict[str, Any] = {"key": image.key, "name": image.name, "target_sha256": pixel_digest(image.target)}
+            if image.input is not None:
+                row["input_sha256"] = pixel_digest(image.input)
             if seconds is not None:
                 row["seconds"] = seconds
             if not all(np.isfinite(output).all() for output in outputs):
@@ -215,7 +230,8 @@ class UnitRunner:
         if self._features is None:
             return
         self._attach(rows, "features", [outputs[0] for outputs in levels])
-        self._attach(rows, "target_features", [image.target for image in images])
+        as_restored = self._restorer.as_restored if self._restorer is not None else np.asarray
+        self._attach(rows, "target_features", [as_restored(image.target) for image in images])
 
     def _attach(self, rows: list[dict[str, Any]], name: str, pixels: Sequence[np.ndarray]) -> None:
         """Put the feature vectors of images into those rows that did not fail.   pixels: (H, W, 3) levels or uint8"""

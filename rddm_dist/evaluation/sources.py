@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import numpy as np
 
 from data_pipeline import storage
 from data_pipeline.decode import decode_image
-from data_pipeline.errors import BadSample, ConfigError, DataError
+from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentFault
 from data_pipeline.manifest import Manifest
 from data_pipeline.reader import Dataset, EvalEntry, Place
 from data_pipeline.records import make_key
@@ -22,7 +23,6 @@ from data_pipeline.sources import Pair, first_names, read_header, scan_images
 from rddm_dist.evaluation.protocol import Protocol, check_sizes
 
 READERS = 8  # threads that read headers and hash files
-READ_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -32,7 +32,8 @@ class Entry:
     """One image of an evaluation.
 
     width, height: of its target in pixels (of its input, where sizes may differ); places: of its sample, or of its
-    tiles, in a packed dataset; files: field (input, target, mask, restored) -> path.
+    tiles, in a packed dataset; files: field (input, target, mask, restored) -> path; digests: field -> sha256 of the
+    file.
     """
 
     key: str
@@ -41,14 +42,15 @@ class Entry:
     name: str = ""
     places: tuple[Place, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> list[Any]:
-        return [self.key, self.width, self.height, self.name, self.places, dict(self.files)]
+        return [self.key, self.width, self.height, self.name, self.places, dict(self.files), dict(self.digests)]
 
     @staticmethod
     def from_json(values: Sequence[Any]) -> Entry:
-        key, width, height, name, places, files = values
-        return Entry(key, width, height, name, tuple(Place(*place) for place in places), files)
+        key, width, height, name, places, files, digests = values
+        return Entry(key, width, height, name, tuple(Place(*place) for place in places), files, digests)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class PackedSource:
 
     def spec(self) -> dict[str, Any]:
         """What another process makes this source from."""
-        return {"kind": "packed", "uri": storage_path(self.uri)}
+        return {"kind": "packed", "uri": storage_path(self.uri), "fingerprint": self.fingerprint}
 
     def entries(self) -> list[Entry]:
         """Every whole image, sorted by key. Reads all indexes, no image."""
@@ -90,7 +92,7 @@ class PackedSource:
     def read(self, entry: Entry) -> Images:
         """Decode an entry. Raises BadSample for what cannot be read."""
         sample = self._dataset.whole(EvalEntry(entry.key, entry.width, entry.height, entry.places))
-        restored = read_file(Path(entry.files["restored"])) if "restored" in entry.files else None
+        restored = read_entry_file(entry, "restored") if "restored" in entry.files else None
         return Images(entry.key, sample.name, sample.target, sample.input, sample.mask, restored)
 
 
@@ -102,7 +104,9 @@ class FileSource:
         self.num_samples = len(pairs)
         self.has_input = all(pair.input is not None for pair in pairs)
         self.has_mask = all(pair.mask is not None for pair in pairs)
-        self.fingerprint = _hash_pairs(self._pairs) if pairs else ""
+        self._digests = _hash_files([path for pair in self._pairs for path in pair.files.values()])
+        listed = [[pair.key, name, self._digests[path]] for pair in self._pairs for name, path in pair.files.items()]
+        self.fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "files"}
@@ -111,15 +115,19 @@ class FileSource:
         """Every image, sorted by key, with the size of its input (of its target without one). Reads headers alone."""
         sizes = _in_threads(lambda pair: _header(pair.first), self._pairs)
         return [
-            Entry(pair.key, *size, pair.name, files={name: str(path.resolve()) for name, path in pair.files.items()})
+            Entry(
+                pair.key,
+                *size,
+                pair.name,
+                files={name: str(path.resolve()) for name, path in pair.files.items()},
+                digests={name: self._digests[path] for name, path in pair.files.items()},
+            )
             for pair, size in zip(self._pairs, sizes, strict=True)
         ]
 
     def read(self, entry: Entry) -> Images:
         """Decode an entry. Raises BadSample for what cannot be read."""
-        images = {
-            name: read_file(Path(path), channels=1 if name == "mask" else 3) for name, path in entry.files.items()
-        }
+        images = {name: read_entry_file(entry, name) for name in entry.files}
         return Images(entry.key, entry.name, **images)
 
 
@@ -127,8 +135,16 @@ Source = PackedSource | FileSource
 
 
 def open_source(spec: Mapping[str, Any]) -> Source:
-    """The source of `Source.spec()`, in another process."""
-    return PackedSource(spec["uri"]) if spec["kind"] == "packed" else FileSource()
+    """The source of `Source.spec()`, in another process. Raises DataError where another dataset lies there now."""
+    if spec["kind"] != "packed":
+        return FileSource()
+    source = PackedSource(spec["uri"])
+    if source.fingerprint != spec["fingerprint"]:
+        raise DataError(
+            f"{spec['uri']} is another dataset here than where the evaluation began (fingerprint "
+            f"{source.fingerprint[:12]}, not {spec['fingerprint'][:12]}); give every machine the same one"
+        )
+    return source
 
 
 def storage_path(uri: str) -> str:
@@ -157,7 +173,15 @@ def attach_outputs(entries: Sequence[Entry], folder: Path) -> list[Entry]:
             f"{len(surplus)} of {len(found)} images in {folder} have no target of the same name: "
             f"{first_names(surplus)}; remove them or add the targets"
         )
-    return [replace(entry, files={**entry.files, "restored": str(found[entry.key].resolve())}) for entry in entries]
+    digests = _hash_files(list(found.values()))
+    return [
+        replace(
+            entry,
+            files={**entry.files, "restored": str(found[entry.key].resolve())},
+            digests={**entry.digests, "restored": digests[found[entry.key]]},
+        )
+        for entry in entries
+    ]
 
 
 def check_entry_sizes(
@@ -167,11 +191,13 @@ def check_entry_sizes(
     metrics: Sequence[str],
     side: int = 0,
     needs_mask: bool = False,
+    lpips_side: int = 1,
 ) -> None:
     """Raise DataError for the first image whose sizes the protocol, a metric or the model does not take.
 
     side: of the square that the model itself makes of every image, 0: none; needs_mask: it sees a mask, of the input's
-    size. What lies in a packed dataset has one size. Reads headers of files alone.
+    size; lpips_side: the least that an LPIPS network takes. What lies in a packed dataset has one size. Reads headers
+    of files alone.
     """
 
     def check(entry: Entry) -> None:
@@ -184,20 +210,47 @@ def check_entry_sizes(
             )
         target = sizes.pop("target", (entry.width, entry.height))
         for name, size in (sizes or {"input": target}).items():
-            if side and not protocol.side:
+            if side and not protocol.side and not protocol.only_side:
                 size = target = (side, side)
             what = f"{entry.name or entry.key} ({name})"
             check_sizes(protocol, restored=size[::-1], target=target[::-1], what=what, metrics=metrics)
+            least = (protocol.side or min(target)) - 2 * protocol.border
+            if least < lpips_side:
+                raise DataError(
+                    f"{what}: LPIPS of this network needs images of at least {lpips_side}x{lpips_side} pixels, got "
+                    f"{target[0]}x{target[1]}; leave --lpips out"
+                )
 
     _in_threads(check, entries)
 
 
-def read_file(path: Path, *, channels: int = 3) -> np.ndarray:
-    """An image file.   -> (H, W, channels) uint8. Raises BadSample naming it."""
+def read_entry_file(entry: Entry, name: str) -> np.ndarray:
+    """An image file of an entry.   -> (H, W, 3) uint8, masks (H, W, 1)
+
+    Raises BadSample for what cannot be decoded, or has pixels of another size than its header says; DataError for
+    another file than when the evaluation began, EnvironmentFault for one that this machine does not see.
+    """
+    path = Path(entry.files[name])
     try:
-        return decode_image(path.read_bytes(), path.suffix[1:].lower(), channels=channels)
-    except (BadSample, OSError) as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path} cannot be read on {socket.gethostname()} ({error.strerror}); put the files where every machine "
+            "of the evaluation sees them"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != entry.digests[name]:
+        raise DataError(f"{path} is another file than when the evaluation began; run the command again")
+    try:
+        image = decode_image(data, path.suffix[1:].lower(), channels=1 if name == "mask" else 3)
+    except BadSample as error:
         raise BadSample(f"{path}: {error}") from error
+    width, height = read_header(path)
+    if image.shape[:2] != (height, width):
+        raise BadSample(
+            f"{path}: its header says {width}x{height}, its pixels are {image.shape[1]}x{image.shape[0]} (turned by an "
+            "orientation behind them); save it upright"
+        )
+    return image
 
 
 def pixel_digest(image: np.ndarray) -> str:
@@ -213,8 +266,8 @@ def _header(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: {error}; replace or remove it") from error
 
 
-def _hash_pairs(pairs: Sequence[Pair]) -> str:
-    """sha256 over the names and the bytes of all files."""
+def _hash_files(paths: Sequence[Path]) -> dict[Path, str]:
+    """sha256 of each file's bytes."""
 
     def digest(path: Path) -> str:
         try:
@@ -223,10 +276,7 @@ def _hash_pairs(pairs: Sequence[Pair]) -> str:
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
-    files = [(pair.key, name, path) for pair in pairs for name, path in pair.files.items()]
-    digests = _in_threads(lambda item: digest(item[2]), files)
-    listed = [[key, name, value] for (key, name, _), value in zip(files, digests, strict=True)]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return dict(zip(paths, _in_threads(digest, paths), strict=True))
 
 
 def _in_threads(work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:

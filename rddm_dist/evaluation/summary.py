@@ -6,6 +6,7 @@ over the finite values, and how many values were infinite or not a number stands
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -13,24 +14,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from data_pipeline import storage
 from data_pipeline.errors import DataError
 from rddm_dist.evaluation.cases import Case
-from rddm_dist.evaluation.job import settings_dict
+from rddm_dist.evaluation.job import settings_dict, software
 from rddm_dist.evaluation.statistics import bootstrap_mean
 from rddm_dist.tracking.journal import json_safe
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from rddm_dist.evaluation.distribution import Moments
     from rddm_dist.evaluation.evaluate import Outcome, Plan
     from rddm_dist.loading import Model
 
 FORMAT_VERSION = 2
 REPORT_JSON, REPORT_HTML, TIMINGS_JSON = "report.json", "index.html", "timings.json"
 POOLED = ("lab_mae", "input_lab_mae")  # metrics whose mean over all pixels of a region is given too
+PART = 1024  # images
 NO_SCORES = ("width", "height", "seconds")
 
 
@@ -105,12 +106,20 @@ def build_report(
     source, source_rows = plan.source, outcome.rows
     if reference is not None:
         source, source_rows = reference[0].source, reference[1].rows
+        absent = [{**_row(row), "set": "reference"} for row in source_rows if "kind" in row]
+        if len(absent) == len(source_rows):
+            raise DataError(f"none of the {len(absent)} reference images can be read; the first: {absent[0]['error']}")
+        failed += absent
     assert source is not None, "what is scored is compared with images from somewhere"
     protocol: dict[str, Any] = {**plan.job.protocol.describe(), "metrics": list(settings.pair_metrics)}
     sampler = dict(plan.job.identity["sampler"])
     side = sampler.get("preprocess", {}).get("resize", 0)
     if side and protocol["size"] == "native":
-        protocol["size"] = f"resized to {side}x{side}"
+        protocol["size"] = f"resized to {side}x{side} by the model"
+        protocol["procedure"] = (
+            f"not at native size: the model sees every image resized to {side}x{side}, and input and target are "
+            f"resized so too, by Pillow's bicubic filter in 8 bits; {protocol['procedure']}"
+        )
     return {
         "format_version": FORMAT_VERSION,
         "kind": "generation" if reference is not None else plan.job.kind,
@@ -124,10 +133,11 @@ def build_report(
             "uri": source.uri,
             "fingerprint": source.fingerprint,
             "num_samples": source.num_samples,
-            "targets_digest": _targets_digest(source_rows),
+            "targets_digest": _set_digest(source_rows, "target_sha256"),
+            "inputs_digest": _set_digest(source_rows, "input_sha256"),
         },
         "sampler": sampler,
-        "eval": {**settings_dict(settings), "torch": torch.__version__},
+        "eval": {**settings_dict(settings), "software": software()},
         "images": scored,
         "failed": failed,
     }
@@ -145,26 +155,31 @@ def _describe_model(model: Model) -> dict[str, Any]:
     return {"path": model.path, **digests, **model.extra}
 
 
-def _targets_digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Names a set of target images by their pixels, whatever they are called."""
-    digests = sorted(row["target_sha256"] for row in rows if "target_sha256" in row)
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+def _set_digest(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Names a set of images by their pixels, whatever they are called; "" where there are none."""
+    digests = sorted(row[name] for row in rows if name in row)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else ""
 
 
 def _distribution(plan: Plan, outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
-    """FID, KID and Inception Score of the images against their targets, or against a reference."""
+    """FID, KID and Inception Score of the images against their targets, or against a reference.
+
+    {} where too few images are left: those that failed are listed.
+    """
     names = plan.job.settings.set_metrics
-    if not names or "features" not in outcome.vectors:  # no image is finite, and each is listed as failed
+    vectors = [outcome.vectors.get("features", ())]
+    vectors.append(
+        outcome.vectors.get("target_features", ()) if reference is None else reference.vectors.get("features", ())
+    )
+    if not names or min(len(each) for each in vectors) < 2:
         return {}
     from rddm_dist.evaluation import distribution
-    from rddm_dist.evaluation.distribution import Moments
 
-    made: np.ndarray = outcome.vectors["features"]
-    real = reference.vectors["features"] if reference is not None else outcome.vectors["target_features"]
+    made, real = (np.asarray(each) for each in vectors)
     counts = {"images": len(made), "reference": len(real)}
     found: dict[str, Any] = {}
     if "fid" in names:
-        found["fid"] = {"value": distribution.fid(Moments.of(real), Moments.of(made)), **counts}
+        found["fid"] = {"value": distribution.fid(_moments(real), _moments(made)), **counts}
     if "kid" in names:
         value, std = distribution.kid(real, made)
         size = distribution.kid_subset_size(len(real), len(made))
@@ -173,6 +188,14 @@ def _distribution(plan: Plan, outcome: Outcome, reference: Outcome | None) -> di
         value, std = distribution.inception_score(outcome.vectors["logits"])
         found["is"] = {"value": value, "std": std, "splits": distribution.inception_splits(len(made)), **counts}
     return found
+
+
+def _moments(features: np.ndarray) -> Moments:
+    """Merged over parts in the order of the keys, so that the double-precision copy is that of a part.   (N, D)"""
+    from rddm_dist.evaluation.distribution import Moments
+
+    parts = (Moments.of(features[start : start + PART]) for start in range(0, len(features), PART))
+    return functools.reduce(Moments.merge, parts)
 
 
 def _refuse_twice(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -195,12 +218,14 @@ def write_report_files(
 
     seconds: that one image took; it stands apart, because report.json has the same bytes every time.
     """
+    from rddm_dist.evaluation.evaluate import writing
     from rddm_dist.evaluation.report import write_report
 
-    storage.make_folder(str(out))
-    write_json(storage.join(str(out), REPORT_JSON), report)
-    write_json(storage.join(str(out), TIMINGS_JSON), {"seconds_per_image": seconds})
-    write_report(storage.join(str(out), REPORT_HTML), report, cases=cases, command=command, curve=curve)
+    with writing(str(out)):
+        storage.make_folder(str(out))
+        write_json(storage.join(str(out), REPORT_JSON), report)
+        write_json(storage.join(str(out), TIMINGS_JSON), {"seconds_per_image": seconds})
+        write_report(storage.join(str(out), REPORT_HTML), report, cases=cases, command=command, curve=curve)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shlex
 import shutil
@@ -277,7 +278,7 @@ def test_images_that_cannot_be_read_are_listed_and_the_rest_is_scored(room: Path
     words = ("evaluate", room / "model.safetensors", *folders, "--actors", 0, "--out", "out")
     result = here(*words, code=3)
     assert result.stderr.count("\n") == 1 and "photo_001.png" in result.stderr
-    assert f"1 of {COUNT} image(s) failed" in result.stdout
+    assert "1 image(s) failed" in result.stdout
     report = report_of(tmp_path / "out")
     assert [(row["name"], row["kind"]) for row in report["failed"]] == [("photo_001", "unreadable")]
     assert len(report["images"]) == COUNT - 1 and report["scores"]["psnr"]["count"] == COUNT - 1
@@ -293,7 +294,68 @@ def test_images_that_cannot_be_read_are_listed_and_the_rest_is_scored(room: Path
 def test_outputs_that_are_not_finite_are_counted_and_shown(room: Path, tmp_path: Path, here: Here) -> None:
     model = tiny_model(tmp_path, value=float("nan"))
     result = here(*evaluate(room, model=model, out="out"), code=3)
-    assert f"{COUNT} of {COUNT} image(s) failed" in result.stdout and result.stderr.count("\n") == COUNT
+    assert f"{COUNT} image(s) failed" in result.stdout and result.stderr.count("\n") == COUNT
     report = report_of(tmp_path / "out")
     assert [row["kind"] for row in report["failed"]] == ["not finite"] * COUNT and not report["images"]
     assert "not finite" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_curve_tells_what_failed_at_any_number_of_steps(room: Path, tmp_path: Path, here: Here) -> None:
+    broken = tiny_model(tmp_path / "broken", value=math.nan)
+    result = here(*evaluate(room, "--steps", "1,2", out="curve", model=broken), code=3)
+    assert result.stderr.count("failed: photo_") == 2 * COUNT
+    assert [point["failed"] for point in json.loads((tmp_path / "curve" / "curve.json").read_text())["points"]] == [
+        COUNT,
+        COUNT,
+    ]
+
+
+def test_reference_images_that_cannot_be_read_are_listed(room: Path, tmp_path: Path, here: Here) -> None:
+    shutil.copytree(room / "data-source" / "target", tmp_path / "reference")
+    path = tmp_path / "reference" / "photo_001.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    options = ("--protocol", "generation", "--features", room / "features.pt", "--out", "out")
+    result = here("score", room / "data-source" / "input", "--target", "reference", *options, code=3)
+    assert "failed: " in result.stderr and "photo_001.png" in result.stderr
+    report = report_of(tmp_path / "out")
+    assert [row["set"] for row in report["failed"]] == ["reference"]
+    assert report["distribution"]["fid"]["reference"] == COUNT - 1
+
+
+def test_reports_of_two_protocols_lie_apart_and_what_is_replaced_is_told(
+    room: Path, tmp_path: Path, here: Here
+) -> None:
+    words = (
+        "score",
+        room / "data-source" / "input",
+        "--target",
+        room / "data-source" / "target",
+        "--name",
+        "../in [x]",
+    )
+    for protocol in ("rgb", "y"):
+        here(*words, "--protocol", protocol)
+    assert len(list((tmp_path / "scores").iterdir())) == 2
+    here(*words, "--out", "out")
+    result = here(*words, "--out", "out", "--protocol", "y")
+    assert "was another report (../in [x], protocol rgb" in result.stdout
+
+
+def test_generated_images_are_compared_with_a_plain_folder(room: Path, tmp_path: Path, here: Here) -> None:
+    generator = tiny_generator(tmp_path / "generator")
+    target = room / "data-source" / "target"
+    options = (
+        "--num",
+        3,
+        "--protocol",
+        "generation",
+        "--features",
+        room / "features.pt",
+        "--actors",
+        0,
+        "--out",
+        "out",
+    )
+    here("evaluate", generator, "--target", target, *options)
+    report = report_of(tmp_path / "out")
+    assert report["distribution"]["fid"]["images"] == 3 and report["distribution"]["fid"]["reference"] == COUNT

@@ -139,3 +139,13 @@ def test_what_an_interrupted_writer_left_is_no_case(tmp_path: Path) -> None:
     (written,) = tmp_path.rglob("aa.json")
     (written.parent / ".b.json.123.tmp").write_bytes(b'{"key": "b", "si')
     assert CaseStore(str(tmp_path)).load(["aa", "b"]) == [case("aa")]
+
+
+def test_a_damaged_case_counts_as_absent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CaseStore(str(tmp_path))
+    for key in ("a", "b"):
+        store.put(Case(key, {"restored": "data:,"}))
+    path = tmp_path / "cases" / "a.json"
+    path.write_text(path.read_text()[:-3])
+    assert store.keys == {"b"} and [case.key for case in store.load(["a", "b"])] == ["b"]
+    assert "is damaged and made again" in caplog.text

@@ -126,6 +126,9 @@ def test_a_folder_and_its_file_are_the_same_report(tmp_path: Path) -> None:
         (json.dumps(report(kind="input")).encode(), "not a whole report: kind"),
         (json.dumps(report(scores={"psnr": {"mean": "x"}})).encode(), r"not a whole report: scores\.psnr\.mean"),
         (json.dumps(report(images=[{"psnr": [1]}])).encode(), "psnr of image 0 is no number"),
+        (json.dumps(report(images=[{"psnr": 10**400}])).encode(), "psnr of image 0 is no number"),
+        (json.dumps(report(images=[{"psnr": -1e308}])).encode(), "psnr of image 0 is no number"),
+        (json.dumps(report(scores={"psnr": {"mean": 10**400}})).encode(), r"not a whole report: scores\.psnr\.mean"),
     ],
 )
 def test_what_is_no_report_of_this_format_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -170,6 +173,20 @@ def test_reports_of_different_targets_are_refused(tmp_path: Path) -> None:
         compared(tmp_path, report(), report(data={"targets_digest": "cd" * 32}))
 
 
+def test_reports_of_different_inputs_are_refused_naming_both(tmp_path: Path) -> None:
+    data = report()["data"]
+    noisy, noisier = (report(data=data | {"inputs_digest": digit * 64}) for digit in "56")
+    with pytest.raises(
+        ConfigError,
+        match=r"0/report\.json and .*1/report\.json are of different data \(inputs 555555555555 and 666666666",
+    ):
+        compared(tmp_path, noisy, noisier)
+    without = without_input(report(BETTER, "files", data=data | {"inputs_digest": ""}))
+    with pytest.raises(ConfigError, match=r"1/report\.json and .*3/report\.json are of different data \(inputs 5"):
+        compared(tmp_path, without, noisy, noisy, noisier)
+    assert [row.name for row in compared(tmp_path, without, noisy).rows] == ["input", "files", "ours"]
+
+
 def test_metrics_of_different_networks_are_refused_where_they_are_shown(tmp_path: Path) -> None:
     values = [
         report(name=name, columns={"lpips": [0.1] * 4}, networks={"lpips": {"sha256": name}}) for name in ("one", "two")
@@ -191,6 +208,16 @@ def test_a_report_given_twice_is_refused_and_one_name_twice_gets_its_path(tmp_pa
     assert names == ["input", f"ours ({first.uri})", f"ours ({second.uri})"]
 
 
+def test_a_report_given_in_two_spellings_is_given_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "sc" / "NIMA" / "report.json", report())
+    (tmp_path / "link").symlink_to(tmp_path / "sc")
+    monkeypatch.chdir(tmp_path)
+    spellings = ("./sc/NIMA", "sc/../sc/NIMA/report.json", str(tmp_path / "sc/NIMA"), "link/NIMA/")
+    for spelling in (*spellings, f"file://{tmp_path}/sc/NIMA"):
+        with pytest.raises(ConfigError, match=r"report\.json is given twice"):
+            compare([load_report("sc/NIMA"), load_report(spelling)])
+
+
 def test_a_method_called_input_is_told_apart_from_the_input(tmp_path: Path) -> None:
     names = [row.name for row in compared(tmp_path, report(name="input")).rows]
     assert names[0] == "input" and names[1].startswith("input (")
@@ -201,6 +228,28 @@ def test_the_best_value_of_a_metric_is_marked_by_its_direction(tmp_path: Path) -
     assert found.metrics == ("psnr", "mae")
     marks = {row.name: [cell.is_best for cell in row.cells] for row in found.rows}
     assert marks == {"input": [False] * 2, "worse": [False] * 2, "better": [True] * 2, "equal": [True] * 2}
+
+
+def test_a_method_that_failed_on_images_is_not_marked_best_for_being_spared_them(tmp_path: Path) -> None:
+    spared = report((40.0, 41.0, 42.0), "spared")  # on the image that is hard for everybody
+    spared["failed"] = [{"key": "d", "name": "d.png", "kind": "not finite", "error": "..."}]
+    found = compared(tmp_path, report(WORSE, "worse"), spared, report(BETTER, "better"))
+    marks = {row.name: [cell.is_best for cell in row.cells] for row in found.rows}
+    assert marks == {"worse": [False] * 2, "spared": [False] * 2, "better": [True] * 2}
+    assert "Not marked as best where others have scores of more images: spared." in found.notes
+    alone = compared(tmp_path, report(WORSE, "worse"), spared)
+    assert not any(cell.is_best for row in alone.rows for cell in row.cells)
+
+
+def test_the_most_images_of_a_column_are_those_of_rows_that_have_it(tmp_path: Path) -> None:
+    fewer = [report(psnr[:3], name, columns={"ssim": ssim}) for psnr, name, ssim in (
+        (WORSE, "worse", [0.8] * 3), (BETTER, "better", [0.9] * 3))]  # fmt: skip
+    found = compared(tmp_path, report(WORSE, "whole"), *fewer, metrics=["psnr", "ssim"])
+    assert [[cell.is_best for cell in row.cells] for row in found.rows if row.kind != "input"] == [
+        [False, False],
+        [False, False],
+        [False, True],
+    ]
 
 
 def test_the_input_is_never_the_best(tmp_path: Path) -> None:
@@ -287,6 +336,14 @@ def test_inputs_that_differ_have_no_row(tmp_path: Path) -> None:
     assert "No row of the input: ours and other differ in its PSNR." in found.notes
 
 
+def test_an_input_scored_without_the_images_that_failed_has_no_row_and_the_reason_is_told(tmp_path: Path) -> None:
+    failing = report(BETTER[:3], "failing")
+    failing["failed"] = [{"key": "d", "name": "d.png", "kind": "not finite", "error": "..."}]
+    found = compared(tmp_path, report(WORSE, "base"), failing)
+    assert [row.name for row in found.rows] == ["base", "failing"]
+    assert "No row of the input: base and failing differ in its PSNR, as other images failed." in found.notes
+
+
 def test_reports_without_inputs_have_no_row_of_them(tmp_path: Path) -> None:
     found = compared(tmp_path, without_input(report()), without_input(report(BETTER, "other")))
     assert [(row.name, row.steps) for row in found.rows] == [("ours", None), ("other", None)]
@@ -341,7 +398,10 @@ def test_generations_are_compared_by_their_sets_without_pairs(tmp_path: Path) ->
     assert difference_grid(found) is None
     assert not any("In brackets" in sentence for sentence in caption(found, "bold"))
     other_count = compared(tmp_path, generation("a", 3.0), generation("b", 4.0, count=9))
-    assert other_count.notes == ("FID and IS depend on the number of images, which differs here.",)
+    assert other_count.notes == (
+        "Not marked as best where others have scores of more images: a.",
+        "FID and IS depend on the number of images, which differs here.",
+    )
 
 
 def test_one_report_is_a_table_without_a_best(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -202,6 +205,45 @@ def test_inception_score_is_mean_and_deviation_of_parts_in_order(count: int, spl
     cuts = [count * part // parts for part in range(parts + 1)]
     scores = [inception_score(logits[low:high], splits=1)[0] for low, high in zip(cuts, cuts[1:], strict=False)]
     assert inception_score(logits, splits=splits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def all_digits(x: Tensor, y: Tensor) -> list[Any]:
+    a, b = Moments.of(x), Moments.of(y)
+    return [a.total.tolist(), a.outer.tolist(), fid(a, b), kid(x, y, subsets=2, subset_size=250), inception_score(x)]
+
+
+@pytest.mark.usefixtures("threads")
+def test_digits_do_not_depend_on_the_number_of_threads_and_it_is_restored() -> None:
+    x, y = features(300, 256, seed=1), features(300, 256, seed=2)
+    found, plain = [], []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(all_digits(x, y))
+        assert torch.get_num_threads() == count
+        plain.append((x.double().T @ x.double()).tolist() + x.double().T.cov().sum(dim=0).tolist())
+    assert found[0] == found[1] == found[2]
+    torch.set_num_threads(2)
+    with pytest.raises(DataError, match="not finite"):
+        Moments.of(x / 0)
+    assert torch.get_num_threads() == 2
+
+
+def test_features_at_any_address_give_the_same_digits() -> None:
+    x = features(60, 33).double()
+    aligned = Moments.of(x.numpy())
+    for offset in range(1, 9):
+        shifted = np.empty(x.numel() + offset)[offset:].reshape(x.shape)
+        shifted[:] = x.numpy()
+        moments = Moments.of(shifted)
+        assert torch.equal(moments.outer, aligned.outer) and torch.equal(moments.total, aligned.total)
 
 
 def test_fewer_than_two_images_are_refused() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_pipeline.errors import DataError, ModelError, RddmError
@@ -337,6 +338,42 @@ def test_an_evaluation_of_weights_that_were_exchanged_meanwhile_is_refused(tmp_p
     tiny_model(tmp_path / "model", seed=1)
     with pytest.raises(ModelError, match="holds other weights than when the evaluation began"):
         run_plan(plan, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["lpips", "features"])
+def test_another_network_file_than_the_one_that_was_planned_is_refused(tmp_path: Path, kind: str) -> None:
+    make = lpips_network if kind == "lpips" else feature_network
+    tiny_model(tmp_path / "model")
+    make_dataset(tmp_path, count=2, size=(40, 48))
+    plan = restoration(
+        tmp_path / "model" / "model.safetensors", PackedSource(str(tmp_path / "data")), **{kind: str(make(tmp_path))}
+    )
+    make(tmp_path, seed=1)
+    with pytest.raises(ModelError, match=f"--{kind} .* is another file here than where the evaluation began"):
+        run_plan(plan, out=str(tmp_path / "out"))
+
+
+def test_our_own_code_is_part_of_a_name(plan: Plan) -> None:
+    assert {"rddm_dist", "code", "torch", "numpy", "pillow"} == set(plan.job.identity["software"])
+    other = {**plan.job.identity, "software": {**plan.job.identity["software"], "code": "0"}}
+    assert replace(plan.job, identity=other).digest != plan.job.digest
+
+
+def test_set_metrics_have_the_same_digits_when_their_vectors_were_stored(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    make_dataset(tmp_path, count=6, size=(16, 24))
+    plan = restoration(
+        model,
+        PackedSource(str(tmp_path / "data")),
+        features=str(feature_network(tmp_path)),
+        metrics=("fid", "kid", "is"),
+    )
+    reports = []
+    for threads in (1, 2):
+        outcome = run_plan(plan, out=str(tmp_path / "out"))
+        torch.set_num_threads(threads)
+        reports.append(report_bytes(plan, outcome))
+    assert reports[0] == reports[1] and b'"fid"' in reports[0]
 
 
 def test_a_unit_that_comes_twice_is_a_fault(tmp_path: Path, plan: Plan) -> None:

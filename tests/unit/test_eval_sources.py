@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.errors import BadSample, ConfigError, DataError
+from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentFault
 from data_pipeline.pack import pack
 from data_pipeline.sources import find_clean, find_pairs
 from rddm_dist.evaluation.evaluate import plan_files, run_plan
@@ -129,7 +129,8 @@ def test_the_spec_of_a_local_dataset_says_where_it_lies_in_full(
 ) -> None:
     make_dataset(tmp_path, count=2, size=SIZE)
     monkeypatch.chdir(tmp_path)
-    assert PackedSource("data").spec() == {"kind": "packed", "uri": str(tmp_path / "data")}
+    source = PackedSource("data")
+    assert source.spec() == {"kind": "packed", "uri": str(tmp_path / "data"), "fingerprint": source.fingerprint}
 
 
 def test_outputs_belong_to_an_entry_by_key_or_by_name(tmp_path: Path) -> None:
@@ -271,3 +272,43 @@ def test_a_mask_of_another_size_matters_to_a_model_that_sees_it_alone(tmp_path: 
         DataError, match="photo_001 .mask.: the model needs a mask of the input's size, got 12x8 for 24x16"
     ):
         restoration(seeing, files)
+
+
+def test_another_dataset_or_file_than_the_one_that_was_planned_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    files, packed = sources(tmp_path)
+    plans = [restoration(model, source) for source in (files, packed)]
+    Image.fromarray(random_image(9, SIZE)).save(tmp_path / "input" / "photo_001.png")
+    shutil.rmtree(tmp_path / "data")
+    pack(find_pairs(tmp_path / "input", tmp_path / "target"), str(tmp_path / "data"), shard_mb=0.02)
+    for plan, message in zip(plans, ("photo_001.png is another file", "is another dataset here"), strict=True):
+        with pytest.raises(DataError, match=message):
+            run_plan(plan, out=str(tmp_path / "out"))
+
+
+def test_a_file_that_a_machine_does_not_see_is_no_bad_image(tmp_path: Path) -> None:
+    files, _ = sources(tmp_path)
+    plan = restoration(tiny_model(tmp_path / "model"), files)
+    (tmp_path / "target" / "photo_001.png").unlink()
+    with pytest.raises(EnvironmentFault, match="cannot be read on .* put the files where every machine"):
+        run_plan(plan, out=str(tmp_path / "out"))
+
+
+def test_an_image_turned_by_what_stands_behind_its_pixels_is_listed(tmp_path: Path) -> None:
+    files, _ = sources(tmp_path)
+    path = tmp_path / "input" / "photo_001.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(path)
+    image.load()
+    image.save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    end = data.index(b"IEND") - 4
+    path.write_bytes(data[:start] + data[start + len(chunk) : end] + chunk + data[end:])
+    files = FileSource(find_pairs(tmp_path / "input", tmp_path / "target"), uri="folders")
+    outcome = run_plan(restoration(tiny_model(tmp_path / "model"), files), out=str(tmp_path / "out"))
+    failed = [row for row in outcome.rows if "kind" in row]
+    assert len(outcome.rows) == 5 and [row["key"] for row in failed] == ["photo_001"]
+    assert "its header says 24x16, its pixels are 16x24" in failed[0]["error"]

@@ -44,6 +44,20 @@ class Small(nn.Module):
         return features
 
 
+class Sized(nn.Module):
+    """Crops and resizes by the size of the images, so that sizes in the graph are expressions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear")
+        x = nn.functional.max_pool2d(self.conv(nn.functional.pad(x, (1, 2, 0, 1))), 2, ceil_mode=True)
+        return x.flatten(2).mean(2) + images.shape[2] // 3
+
+
 class Distance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return (x - y).abs().flatten(1).mean(1)
@@ -187,7 +201,9 @@ def test_an_exported_network_gives_what_the_module_gives_for_any_shape(
 def test_an_exported_distance_is_an_lpips_network(tmp_path: Path, name: str) -> None:
     path = EXPORTS[name](Distance(), tmp_path / name, arguments=2)
     x, y = images(3), images(3).flip(0)
-    distance = load_lpips(path)(x, y)
+    network = load_lpips(path)
+    distance = network(x, y)
+    assert network.smallest == 1  # programs do not say
     assert distance.dtype == torch.float64 and torch.allclose(distance.float(), Distance()(x, y))
     with pytest.raises(ModelError, match="^--features .* is an LPIPS network; give a feature network"):
         load_features(path)
@@ -261,8 +277,20 @@ def tampered(source: Path, out: Path, change: Callable[[str, bytes], bytes], mor
     return out
 
 
-@pytest.mark.parametrize("kind", ["sample inputs", "weight", "object", "old weights"])
-def test_nothing_in_an_exported_program_is_unpickled(tmp_path: Path, kind: str) -> None:
+WEIGHTS_CONFIG = "data/weights/model_weights_config.json"
+
+
+def pickled_weight(config: bytes) -> bytes:
+    """The configuration of weights, asking for one to be unpickled."""
+    document = json.loads(config)
+    document["config"]["conv.weight"] |= {"use_pickle": True, "path_name": "weight_9", "tensor_meta": None}
+    return json.dumps(document).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_refused"), [("sample inputs", False), ("old weights", False), ("weight", True), ("object", True)]
+)
+def test_nothing_in_an_exported_program_is_unpickled(tmp_path: Path, kind: str, is_refused: bool) -> None:
     marker = tmp_path / "marker"
     torch.save(Marking(marker), tmp_path / "evil.pt")
     saved, pickled = (tmp_path / "evil.pt").read_bytes(), pickle.dumps(Marking(marker))
@@ -270,10 +298,8 @@ def test_nothing_in_an_exported_program_is_unpickled(tmp_path: Path, kind: str) 
     def change(place: str, content: bytes) -> bytes:
         if kind == "sample inputs" and place.startswith("data/sample_inputs/"):
             return saved
-        if kind == "weight" and place == "data/weights/model_weights_config.json":
-            config = json.loads(content)
-            config["config"]["conv.weight"] |= {"use_pickle": True, "path_name": "weight_9", "tensor_meta": None}
-            return json.dumps(config).encode()
+        if kind == "weight" and place == WEIGHTS_CONFIG:
+            return pickled_weight(content)
         if kind == "object" and place == "data/constants/model_constants_config.json":
             entry = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
             return json.dumps({"config": {"x": entry}}).encode()
@@ -287,13 +313,119 @@ def test_nothing_in_an_exported_program_is_unpickled(tmp_path: Path, kind: str) 
     sound = export_pt2(Small(), tmp_path / "sound.pt2")
     assert load_features(tampered(sound, tmp_path / "same.pt2", lambda _, content: content, {})).dim == 5
     path = tampered(sound, tmp_path / "evil.pt2", change, more.get(kind, {}))
-    with pytest.raises(ModelError, match="holds more than plain tensors, and code in it is not run"):
-        load_features(path)
+    if is_refused:
+        with pytest.raises(ModelError, match="holds more than plain tensors, and code in it is not run"):
+            load_features(path)
+    else:  # left out of what PyTorch is given
+        assert torch.equal(load_features(path)(images())[0], load_features(sound)(images())[0])
     assert not marker.exists()
     if kind != "object":  # not all versions of PyTorch know these
         with suppress(Exception):
             torch.export.load(path)
         assert marker.exists()  # it would have been, without the check
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("is_evil_first", [True, False])
+@pytest.mark.parametrize("other_name", [WEIGHTS_CONFIG, "Data/weights/MODEL_weights_config.json"])
+def test_of_members_of_one_name_that_is_checked_which_pytorch_reads(
+    tmp_path: Path, other_name: str, is_evil_first: bool
+) -> None:
+    marker = tmp_path / "marker"
+    torch.save(Marking(marker), tmp_path / "evil.pt")
+    with zipfile.ZipFile(export_pt2(Small(), tmp_path / "sound.pt2")) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    sound = members.pop(WEIGHTS_CONFIG)
+    configs = (pickled_weight(sound), sound) if is_evil_first else (sound, pickled_weight(sound))
+    path = tmp_path / "evil.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in zip((other_name, WEIGHTS_CONFIG), configs, strict=True):
+            archive.writestr(f"{root}/{name}", content)
+        for name, content in members.items():
+            archive.writestr(f"{root}/{name}", content)
+        archive.writestr(f"{root}/data/weights/weight_9", (tmp_path / "evil.pt").read_bytes())
+    if is_evil_first:
+        with pytest.raises(ModelError, match="holds more than plain tensors, and code in it is not run"):
+            load_features(path)
+    else:
+        assert load_features(path).dim == 5
+    assert not marker.exists()
+    with suppress(Exception):
+        torch.export.load(path)
+    assert marker.exists() is is_evil_first  # PyTorch takes the first
+
+
+@pytest.mark.parametrize("kind", ["size", "hidden size", "name"])
+def test_text_in_an_exported_program_that_does_something_is_not_evaluated(tmp_path: Path, kind: str) -> None:
+    marker = tmp_path / "marker"
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+
+    def change(place: str, content: bytes) -> bytes:
+        if place != "models/model.json":
+            return content
+        if kind == "name":  # of an argument: PyTorch writes it into the head of a function
+            return content.replace(b'"images"', json.dumps(f"images={code}").encode())
+        document = json.loads(content)
+        values = document["graph_module"]["graph"]["tensor_values"]
+        evil = json.loads(json.dumps(values["images"]))
+        evil["sizes"][0]["as_expr"]["expr_str"] = code
+        values["images" if kind == "size" else "metadata"] = evil
+        return json.dumps(document).encode()
+
+    path = tampered(export_pt2(Small(), tmp_path / "sound.pt2"), tmp_path / "evil.pt2", change, {})
+    told = "cannot be loaded" if kind == "hidden size" else "holds more than names and sizes .*code in it is not run"
+    with pytest.raises(ModelError, match=told):
+        load_features(path)
+    assert not marker.exists()
+    with suppress(Exception):
+        torch.export.load(path)
+    assert marker.exists()  # it would have been, without the check
+
+
+def test_programs_that_compute_with_sizes_are_loaded(tmp_path: Path) -> None:
+    net = Sized().eval()
+    path = export_pt2(net, tmp_path / "n.pt2")
+    with zipfile.ZipFile(path) as archive:
+        graph = archive.read(next(name for name in archive.namelist() if name.endswith("models/model.json")))
+    assert b"FloorDiv(" in graph and b"Max(" in graph
+    x = images(3, 41, 30)
+    assert torch.equal(load_features(path)(x)[0], net(x))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"torch.ops.aten.relu.default"', b'"torch.os.system"'),  # refused by PyTorch with an error of its own kind
+        (b'"torch.ops.aten.relu.default"', b'"_operator.getitem"'),
+        (b'"torch.ops.aten.relu.default"', b'"torch.ops.aten.relu.nothing"'),
+        (b'"p_conv_weight"', b'"x y"'),
+        (b'"images"', b'"for"'),
+        (b'"expr_str": "Symbol', b'"expr_str": "Integer'),
+        (b'"expr_str": "', b'"expr_str": "((('),
+        (b'"nodes": [', b'"knots": ['),
+        (b'"as_tensor"', b'"as_int"'),
+        (b'"builtins.tuple"', b'"builtins.list"'),
+        (b'"TRAINING"', b'"NOTHING"'),
+        (b"}", b""),
+        (b"{", b"\xff"),
+    ],
+)
+def test_a_malformed_program_is_refused_in_one_line(
+    tmp_path: Path, old: bytes, new: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(place: str, content: bytes) -> bytes:
+        if place != "models/model.json":
+            return content
+        assert old in content
+        return content.replace(old, new)
+
+    path = tampered(export_pt2(Small(), tmp_path / "sound.pt2"), tmp_path / "n.pt2", change, {})
+    caplog.clear()
+    with pytest.raises(ModelError) as caught:
+        load_features(path)
+    assert "n.pt2" in str(caught.value) and "\n" not in str(caught.value)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 def test_published_weights_that_hold_code_are_not_unpickled(tmp_path: Path) -> None:

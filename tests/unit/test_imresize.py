@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rddm_dist.evaluation.resize import imresize, resize_weights
+from rddm_dist.evaluation.resize import imresize, resize_taps
 
 SIZES = [(12, 8), (64, 48), (100, 30), (30, 31), (5, 23), (1, 1)]
 
 
 def noise(seed: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def matrix(length: int, new_length: int) -> np.ndarray:
+    """What each old pixel of a line gives to each new one.   -> (new_length, length)"""
+    taps, sources = resize_taps(length, new_length)
+    weights = np.zeros((new_length, length))
+    np.add.at(weights, (np.arange(new_length)[:, None], sources), taps)
+    return weights
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -56,7 +67,7 @@ def test_a_constant_image_stays_constant(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("lengths", [(640, 256), (480, 256), (100, 256), (7, 3), (3, 7), (2, 1)])
 def test_weights_sum_to_one_and_are_symmetric(lengths: tuple[int, int]) -> None:
-    weights = resize_weights(*lengths)
+    weights = matrix(*lengths)
     assert weights.shape == lengths[::-1]
     assert np.abs(weights.sum(axis=1) - 1).max() < 1e-14
     assert np.abs(weights - weights[::-1, ::-1]).max() < 1e-12
@@ -79,7 +90,7 @@ def test_a_ramp_stays_a_ramp_away_from_the_edges(new_length: int) -> None:
 def test_doubling_takes_the_weights_of_the_cubic_kernel() -> None:
     """The centre of new pixel 9 is at old pixel 4.25; Keys' kernel with a = -0.5 at 1.25, 0.25, 0.75 and 1.75."""
     expected = [0, 0, 0, -0.0703125, 0.8671875, 0.2265625, -0.0234375, 0, 0, 0]
-    assert resize_weights(10, 20)[9].tolist() == pytest.approx(expected, abs=1e-15)
+    assert matrix(10, 20)[9].tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_edge_is_continued_by_its_mirror_image() -> None:
@@ -120,3 +131,24 @@ def test_reducing_a_photograph_agrees_with_pillow(size: tuple[int, int], shared_
     difference = np.abs(imresize(photo, size).astype(int) - pillow_bicubic(photo, size))
     assert difference[3:-3, 3:-3].max() <= 1
     assert difference.mean() < 0.1
+
+
+def test_the_digits_do_not_depend_on_threads() -> None:
+    program = (
+        "import hashlib, numpy as np; from rddm_dist.evaluation.resize import imresize; "
+        "image = np.random.default_rng(0).random((333, 517, 3)); "
+        "print(hashlib.sha256(imresize(image, (256, 256)).tobytes()).hexdigest())"
+    )
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **dict.fromkeys(names, threads)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for threads in ("1", "2")
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) == 65

@@ -130,6 +130,16 @@ def test_published_trunks_become_networks_with_the_heads_of_torchmetrics(
     assert network.describe() == {"name": architecture, "sha256": network.digest}
 
 
+@pytest.mark.parametrize("architecture", MAKERS)
+def test_a_loaded_network_says_the_smallest_images_it_takes(tmp_path: Path, architecture: str) -> None:
+    out = convert(architecture, weights=trunk_file(tmp_path, architecture), out=tmp_path / "lpips.safetensors")
+    network = load_lpips(out)
+    side = network.smallest
+    assert network(images(1, side, side), images(1, side, side, seed=1)).isfinite().all()
+    with pytest.raises(DataError, match=f"at least {side}x{side} pixels"):
+        network(images(1, side, side - 1), images(1, side, side - 1, seed=1))
+
+
 def test_given_heads_take_the_place_of_the_carried_ones(tmp_path: Path) -> None:
     channels = (64, 192, 384, 256, 256)
     zero = {f"lin{k}.model.1.weight": torch.zeros(1, count, 1, 1) for k, count in enumerate(channels)}

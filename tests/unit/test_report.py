@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -232,12 +233,25 @@ def test_the_curve_is_drawn_against_steps_and_time_and_links_to_each_report() ->
     classes = [attrs["class"] for tag, attrs in page.tags if tag == "circle"]
     assert (classes.count("main"), classes.count("second")) == (4 + 3 + 4 + 3, 4 + 3)  # one point has no time
     assert sum(tag == "line" and "interval" in (attrs["class"] or "") for tag, attrs in page.tags) == 2 * (4 + 3)
+    assert "s per image (one sample)" in page.words
     assert "32.000" in " ".join(page.words) and "\u00b10.250" in page.words
     # On a logarithmic axis 1, 10 and 100 stand at equal distances.
     series = Series("a", [(1.0, 0.0), (10.0, 1.0), (100.0, 0.0)])
     chart = Page(line_chart([series], title="t", x_label="x", y_label="y", log_x=True))
     first, second, third = (float(attrs["cx"] or 0) for tag, attrs in chart.tags if tag == "circle")
     assert second - first == pytest.approx(third - second, abs=0.11)
+
+
+def test_the_mean_of_k_samples_costs_k_times_the_seconds_of_one() -> None:
+    drawn = steps_curve(fake_curve((1, 2, 4)))  # 0.125 and 0.25 seconds a sample; the last has no time
+    chart = next(part for part in drawn.split("<figure") if "PSNR against seconds per image" in part)
+    drawn_at = re.findall(r'<circle class="(\w+)".*?<title>[^<]*at ([\d.]+)</title>', chart)
+    assert drawn_at == [("main", "0.125"), ("main", "0.25"), ("second", "0.5"), ("second", "1")]
+    bars = re.findall(r'<line class="interval (\w+)" x1="([\d.]+)"', chart)
+    assert bars == re.findall(r'<circle class="(\w+)" cx="([\d.]+)"', chart) and len(bars) == 4
+    steps = next(part for part in drawn.split("<figure") if "PSNR against sampling steps" in part)
+    drawn_at = re.findall(r'<circle class="(\w+)".*?<title>[^<]*at ([\d.]+)</title>', steps)
+    assert drawn_at == [(role, steps) for role in ("main", "second") for steps in ("1", "2", "4")]
 
 
 def test_the_demo_page_tells_the_whole_story(tmp_path: Path, model: Model) -> None:
@@ -282,13 +296,35 @@ def test_a_chart_draws_what_can_be_drawn_and_says_when_nothing_can() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[3.0] * 7, [0.0, 0.0], [-1e-9, 1e-9], list(range(-50, 950)), [0.1 * i for i in range(99)]]
+    "values",
+    [
+        [3.0] * 7,
+        [0.0, 0.0],
+        [-1e-9, 1e-9],
+        [0.0, 5e-324],
+        [30.0, math.nextafter(30.0, 31.0)],
+        [-1e-7, math.nextafter(-1e-7, 0.0)],
+        list(range(-50, 950)),
+        [0.1 * i for i in range(99)],
+    ],
 )
 def test_a_histogram_counts_every_finite_value_once(values: list[float]) -> None:
     drawn = histogram([Sample("a", [*values, math.nan, math.inf])], title="t", x_label="x")
     counts = [int(count) for count in re.findall(r"<title>a: (\d+) from", drawn)]
     assert sum(counts) == len(values)
     assert len(counts) <= 50
+
+
+@pytest.mark.parametrize(
+    ("value", "log"), [*itertools.product((30.0, 1.0, 1e-9, 12345.678), (False, True)), (1e-315, False)]
+)
+def test_values_one_rounding_error_apart_are_drawn_as_equal_ones(value: float, log: bool) -> None:
+    points = [(value, value), (math.nextafter(value, math.inf), math.nextafter(value, math.inf))]
+    drawn, flat = (
+        line_chart([Series("a", shown)], title="t", x_label="x", y_label="y", log_x=log, log_y=log)
+        for shown in (points, [points[0]] * 2)
+    )
+    assert drawn == flat and drawn.count("<circle") == 2
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 400.0), (14.03, 15.01), (-0.7, 0.0003), (1e-9, 3e-9)])
