@@ -326,13 +326,16 @@ def print_curve(curve: dict[str, Any]) -> None:
     shown = ("psnr", "ssim", "lpips", f"{combined}psnr", f"{combined}ssim", f"{combined}lpips", "spread")
     names = [name for name in shown if any(name in point["scores"] for point in points)]
     sets = [name for name in ("fid", "kid", "is") if any(name in point["distribution"] for point in points)]
-    table = Table(title=f"quality against cost, protocol {curve['protocol']['name']}")
-    for column in ("steps", *(metric_info(name).label for name in [*names, *sets]), "failed", "s/image, one sample"):
+    has_failed = any(point["failed"] for point in points)
+    table = Table(title=f"quality against cost, protocol {curve['protocol']['name']}; seconds of one sample")
+    labels = [metric_info(name).label for name in [*names, *sets]]
+    for column in ("steps", *labels, *(["failed"] if has_failed else []), "s/image"):
         table.add_column(column, justify="right")
     for point in points:
         values = [(name, point["scores"].get(name, {}).get("mean")) for name in names]
         values += [(name, point["distribution"].get(name, {}).get("value")) for name in sets]
         cells = ["-" if value is None else f"{value:.{metric_info(name).digits}f}" for name, value in values]
         seconds = point["seconds_per_image"]
-        table.add_row(str(point["steps"]), *cells, str(point["failed"]), "-" if seconds is None else f"{seconds:.3f}")
+        cells += [str(point["failed"])] if has_failed else []
+        table.add_row(str(point["steps"]), *cells, "-" if seconds is None else f"{seconds:.3f}")
     console.print(table)

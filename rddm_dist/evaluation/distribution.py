@@ -175,11 +175,11 @@ def _drawn(x: Tensor, size: int, seed: int, purpose: str, subset: int) -> Tensor
 
 def _matrix(values: Matrix, *, what: str) -> Tensor:
     """(N, D) float64 on the CPU. ValueError for another shape, DataError for numbers that are not finite."""
+    # A copy, which PyTorch aligns: products of the same numbers at another address may differ in the last digit.
     if isinstance(values, np.ndarray):
-        # A copy, as PyTorch aligns it: arrays from files cannot be written to, and sums differ with the alignment.
         matrix = torch.tensor(values, dtype=torch.float64)
     else:
-        matrix = values.detach().to("cpu", torch.float64)
+        matrix = values.detach().to("cpu", torch.float64, copy=True)
     if matrix.ndim != 2:
         raise ValueError(f"{what} must be (N, D); got {tuple(matrix.shape)}")
     if not matrix.isfinite().all():

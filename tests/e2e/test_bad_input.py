@@ -363,7 +363,7 @@ def test_evaluate_with_a_wrong_setting(refused_there: Refused, options: str, sai
         ("--data nowhere", "nowhere is no packed dataset"),
         ("--data empty", "empty is no packed dataset"),
         ("--data input", "--data input holds no manifest.json"),
-        ("--input input", "give --input and --target folders"),
+        ("--input input", "--input=input needs the clean images of the same names; give --target DIR"),
         ("--input empty --target target", "--input empty holds no images"),
         ("--input few --target target", "have no image of the same name in --input few: photo_001.png"),
         ("--input input --target few", "have no image of the same name in --target few: photo_001.png"),

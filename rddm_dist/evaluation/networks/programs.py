@@ -57,9 +57,9 @@ class Program:
 
 def program_format(path: Path) -> Format | None:
     """What kind of program a file is, by its content; None for none."""
-    if not zipfile.is_zipfile(path):
-        return None
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged, of a later version, names of no encoding
@@ -92,7 +92,9 @@ def _load_exported(path: Path, device: str) -> Program:
     # Not torch.export.load: where this fails it logs a traceback, and tries the form of older versions.
     from torch.export.pt2_archive._package import load_pt2
 
-    program = load_pt2(_checked_copy(path)).exported_programs["model"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unable to execute the generated python", category=UserWarning)
+        program = load_pt2(_checked_copy(path)).exported_programs["model"]
     if torch.device(device).type != "cpu":
         from torch.export.passes import move_to_device_pass
 
