@@ -106,7 +106,9 @@ def check(case: Case, out: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_cpus")
-@pytest.mark.parametrize("actors", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "actors", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2), pytest.param((1, 2), marks=pytest.mark.slow)]
+)
 def test_actors_and_this_process_write_the_same_report(case: Case, tmp_path: Path, actors: tuple[int, int]) -> None:
     outcome = evaluate(case, tmp_path, actors=actors)
     assert outcome.reused == 0

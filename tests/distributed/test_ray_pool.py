@@ -68,6 +68,7 @@ def test_every_unit_comes_once_though_its_process_is_killed(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_the_pool_starts_small_and_grows_while_units_wait(pool: Pool, tmp_path: Path) -> None:
     results = pool([unit(number, sleep=0.4) for number in range(12)], actors=(1, 64))
     next(results)
@@ -85,6 +86,7 @@ def test_a_worker_s_user_error_is_raised_as_it_is(pool: Pool, tmp_path: Path) ->
     assert max(starts(tmp_path).values()) == 1
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_worker_is_raised_once_with_its_traceback(pool: Pool, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:
         list(pool([unit(0, bug="boom")]))
@@ -101,6 +103,7 @@ def test_a_unit_that_kills_its_process_each_time_is_named(pool: Pool, tmp_path: 
     assert all(starts(tmp_path)[number] <= 1 for number in (0, 1, 3))
 
 
+@pytest.mark.slow
 def test_closing_the_results_kills_the_actors(pool: Pool, tmp_path: Path) -> None:
     results = pool([unit(number, sleep=0.0 if number < 2 else 60.0) for number in range(8)], actors=(2, 2))
     next(results)
@@ -111,6 +114,7 @@ def test_closing_the_results_kills_the_actors(pool: Pool, tmp_path: Path) -> Non
     assert time.monotonic() - begin < 15.0  # far below what a unit takes
 
 
+@pytest.mark.slow
 def test_an_error_kills_the_actors_that_are_still_at_work(pool: Pool, tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(ModelError, match="^bad$"):
@@ -119,6 +123,7 @@ def test_an_error_kills_the_actors_that_are_still_at_work(pool: Pool, tmp_path: 
     _wait_until_gone(tmp_path, timeout_s=10.0)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_stops_the_actors_at_a_bounded_number_of_results(pool: Pool, tmp_path: Path) -> None:
     kilobytes, count = 8 * 1024, 30
     results = pool([unit(number, kilobytes=kilobytes) for number in range(count)])

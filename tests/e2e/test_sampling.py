@@ -172,7 +172,7 @@ def test_masks_are_found_by_name(tmp_path: Path, here: Here) -> None:
     Image.new("L", (5, 5)).save(tmp_path / "mask" / "photo_001.png")  # another size
     result = here("restore", model, source, "--mask", "mask", "--out", "out")
     assert result.code == 3 and "restored 2 of 3" in result.stdout, result.text
-    assert "photo_001.png: its mask mask/photo_001.png is 5x5, the image 22x18" in result.stdout
+    assert "photo_001.png: its mask mask/photo_001.png is 5x5, the image 22x18" in result.stderr
 
     image = np.asarray(Image.open(source / "deep" / "photo.png"))[None]
     expected = load_restorer(model).restore(image, [stable_id("photo")], np.asarray(mask)[None])[0]

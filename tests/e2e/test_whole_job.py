@@ -78,6 +78,7 @@ def check_mlflow(folder: Path, run_id: str) -> None:
     assert champion.run_id == run_id and "rddm.score.psnr" in champion.tags
 
 
+@pytest.mark.slow  # what tests/distributed/test_evaluation_ray.py says, of a model that was trained
 def test_actors_and_this_process_write_the_same_report(tiny_run: TinyRun, tmp_path: Path) -> None:
     for actors in ("0", "2"):
         done(rddm("evaluate", str(tiny_run.run_dir), "--data", tiny_run.data, "--actors", actors, "--batch-size", "2",
