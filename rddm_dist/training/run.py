@@ -23,7 +23,7 @@ from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.data import open_loader
 from rddm_dist.training.ema import Ema, make_ema, profiles
 from rddm_dist.training.engine import Engine
-from rddm_dist.training.folder import RunFolder, run_folder, try_sending
+from rddm_dist.training.folder import RETRY, RunFolder, run_folder, try_sending
 from rddm_dist.training.keeper import Keeper
 from rddm_dist.training.loop import Actions, Names, run_loop
 from rddm_dist.training.ownership import Ownership, take
@@ -157,10 +157,13 @@ def _train_as_owner(
 
 
 def _is_ours(owner: Ownership | None) -> bool:
-    """Whether nobody else has the run folder, as far as this worker can see."""
+    """Whether nobody else has the run folder, as far as this worker can see.
+
+    Asked at the end, with the patience of what is still to be sent there: a server that is away holds nobody longer.
+    """
     try:
         if owner is not None:
-            owner.check()
+            owner.check(retry=RETRY)
     except EnvironmentFault:
         return False
     return True
