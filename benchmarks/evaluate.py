@@ -1,6 +1,6 @@
 """Speed, start-up and memory of an evaluation, against plain loops over the same images.
 
-    python benchmarks/evaluate.py                     # made-up images, under ten minutes on 2 cores
+    python benchmarks/evaluate.py                     # made-up images, a quarter of an hour on 2 cores
     python benchmarks/evaluate.py --data pictures/    # other pictures to cut the images from
     python benchmarks/evaluate.py --quick             # few rounds, to see that it runs
 
@@ -85,7 +85,7 @@ MOST_GROWTH = 0.05  # of resident memory, from the second tenth of the images to
 ACTOR = "ray::MapWorker"  # what Ray calls the process of an actor
 SECTIONS = ("speed", "start", "memory")
 NUMBERS = ("rounds", "images", "starts", "small")
-FULL = {"rounds": 10, "images": 8, "starts": 10, "small": 5000}
+FULL = {"rounds": 10, "images": 12, "starts": 10, "small": 5000}
 QUICK = {"rounds": 2, "images": 4, "starts": 2, "small": 400}
 LIMIT_S = 300.0
 
@@ -297,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=16, help="width of the U-Net (16)")
     parser.add_argument("--batch", type=int, default=4, help="images in a forward batch (4)")
     parser.add_argument("--steps", type=int, default=2, help="sampling steps (2)")
-    parser.add_argument("--images", type=int, help="images of each of the eight sizes (8)")
+    parser.add_argument("--images", type=int, help="images of each of the eight sizes (12)")
     parser.add_argument("--rounds", type=int, help="measured rounds (10)")
     parser.add_argument("--starts", type=int, help="processes that are started (10)")
     parser.add_argument("--small", type=int, help="small images that memory is measured over (5000)")

@@ -125,7 +125,7 @@ def loop_batches(work: Work) -> Run:
     restorer = make_restorer(work.model, steps=settings.steps, eta=settings.eta, seed=settings.seed)
     psnr: dict[str, float] = {}
     clock = Clock()
-    for unit in work.plan.units:
+    for unit in reversed(work.plan.units):  # the largest first, as an evaluation goes
         images = [work.source.read(entry) for entry in unit.entries]
         inputs = [image.input for image in images if image.input is not None]
         levels = restorer.restore_levels(np.stack(inputs), [stable_id(image.key) for image in images])
@@ -142,7 +142,7 @@ def loop_images(work: Work) -> Run:
     options = restore_settings(model.config, steps=settings.steps, eta=settings.eta, seed=settings.seed)
     psnr: dict[str, float] = {}
     clock = Clock()
-    for unit in work.plan.units:
+    for unit in reversed(work.plan.units):  # the largest first, as an evaluation goes
         for entry in unit.entries:
             degraded, target = (
                 np.asarray(Image.open(entry.files[side]).convert("RGB")) for side in ("input", "target")

@@ -266,7 +266,9 @@ class _Collector:
             log.info("%d of %d images were evaluated before", reused, self._plan.num_images)
         self._progress(self._done, self._plan.num_images)
         if missing:
-            for data in execute(self._job, [self._units[digest] for digest in missing]):
+            # The largest first: at the end no worker waits long for another, and what does not fit shows at once.
+            order = [self._units[digest] for digest in reversed(missing)]
+            for data in execute(self._job, order):
                 table = results.from_bytes(data)
                 digest = table.schema.metadata[results.UNIT_KEY].decode()
                 if digest not in missing:

@@ -270,8 +270,9 @@ def test_an_evaluation_that_was_killed_goes_on_with_the_missing_units(
         run_plan(plan, out=str(tmp_path), execute=dying_after(done))
     rest, seen = Recording(), []
     outcome = run_plan(plan, out=str(tmp_path), execute=rest, progress=lambda *state: seen.append(state))
-    assert rest.units == list(plan.units[done:])
-    assert outcome.reused == sum(len(unit.entries) for unit in plan.units[:done])
+    largest_first = list(reversed(plan.units))
+    assert rest.units == largest_first[done:]
+    assert outcome.reused == sum(len(unit.entries) for unit in largest_first[:done])
     assert seen[0] == (outcome.reused, COUNT) and seen[-1] == (COUNT, COUNT)
     assert report_bytes(plan, outcome) == whole
     assert len(outcome.cases) == COUNT
