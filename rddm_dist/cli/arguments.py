@@ -6,31 +6,30 @@ from data_pipeline.errors import ConfigError
 
 
 def single_count(text: str, *, flag: str) -> int:
-    """Parse N, or MIN:MAX with MIN = MAX, for --workers and --actors."""
-    low, separator, high = text.partition(":")
-    try:
-        first = int(low)
-        last = int(high) if separator else first
-    except ValueError as error:
-        raise ConfigError(f"{flag}={text} must be a number or MIN:MAX, for example {flag} 2") from error
-    if first < 1 or last < first:
+    """Parse N, or MIN:MAX with MIN = MAX, for --workers and the --actors of rddm sample."""
+    least, most = _parse_range(text, flag=flag, example="2")
+    if least < 1 or most < least:
         raise ConfigError(f"{flag}={text} must be at least 1, with MIN not above MAX")
-    if first != last:
+    if least != most:
         raise ConfigError(f"{flag}={text}: a range of workers is not supported yet; give one number")
-    return first
+    return least
 
 
 def count_range(text: str, *, flag: str) -> tuple[int, int]:
     """Parse N or MIN:MAX.   -> (least, most); N is both, 0 means none"""
+    least, most = _parse_range(text, flag=flag, example="1:8")
+    if (least, most) != (0, 0) and (least < 1 or most < least):
+        raise ConfigError(f"{flag}={text} must be at least 1, with MIN not above MAX; 0 works without Ray")
+    return least, most
+
+
+def _parse_range(text: str, *, flag: str, example: str) -> tuple[int, int]:
+    """N as (N, N), MIN:MAX as (MIN, MAX)."""
     low, separator, high = text.partition(":")
     try:
-        first = int(low)
-        last = int(high) if separator else first
+        return int(low), int(high if separator else low)
     except ValueError as error:
-        raise ConfigError(f"{flag}={text} must be a number or MIN:MAX, for example {flag} 1:8") from error
-    if (first, last) != (0, 0) and (first < 1 or last < first):
-        raise ConfigError(f"{flag}={text} must be at least 1, with MIN not above MAX; 0 works without Ray")
-    return first, last
+        raise ConfigError(f"{flag}={text} must be a number or MIN:MAX, for example {flag} {example}") from error
 
 
 def steps_list(text: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rddm_dist.cli import main as entry
 from rddm_dist.training.ownership import OWNER_PATTERN
-from tests.e2e.conftest import TinyRun
+from tests.e2e.conftest import Here, TinyRun
 from tests.support.datasets import make_dataset, make_folders
 from tests.support.evaluation import feature_network, lpips_network, tiny_generator, tiny_model
 from tests.support.ownership_probe import Child
@@ -24,19 +22,14 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+def refused(here: Here) -> Refused:
     """Run the command line in this process; it must end with exit code 2 and one line.   -> the line"""
-    monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        captured = capfd.readouterr()
-        assert ended.value.code == 2, captured.err + captured.out
-        assert "Traceback" not in captured.err + captured.out
-        lines = [line for line in captured.err.splitlines() if line and not line.startswith("warning: SKIPPING")]
-        assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+        result = here(*arguments)
+        assert result.code == 2 and "Traceback" not in result.text, result.text
+        lines = [line for line in result.stderr.splitlines() if line and not line.startswith("warning: SKIPPING")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
         return lines[0]
 
     return call
@@ -423,19 +416,14 @@ def test_an_output_folder_that_is_a_file(refused: Refused, room: Path, tmp_path:
     assert (tmp_path / "file").read_text() == "no folder"
 
 
-def test_reports_that_cannot_be_compared(
-    refused: Refused, room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_that_cannot_be_compared(refused: Refused, here: Here, room: Path, tmp_path: Path) -> None:
     """Of another protocol, of other targets, of an older format, none at all."""
     for name, options in {
         "rgb": ("--target", room / "target"),
         "y": ("--target", room / "target", "--protocol", "y"),
         "other": ("--target", room / "input"),
     }.items():
-        monkeypatch.setattr(sys, "argv", ["rddm", "score", *map(str, (room / "input", *options, "--out", name))])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        assert ended.value.code == 0
+        assert here("score", room / "input", *options, "--out", name).code == 0
     report = json.loads((tmp_path / "rgb" / "report.json").read_text())
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "report.json").write_text(json.dumps({**report, "format_version": 1}))

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from rddm_dist.model.diffusers import parse_config as parse_unet2d
 from rddm_dist.model.net import build_net
 from rddm_dist.model.published import LINEAGES, write_published
 from rddm_dist.model.weights import load_safetensors
-from tests.e2e.conftest import TinyRun
+from tests.e2e.conftest import Here, TinyRun
 from tests.support.datasets import make_dataset, make_folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,21 +43,17 @@ Call = Callable[..., str]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+def call(here: Here) -> Call:
     """Run the command line in this process, in tmp_path; it must end with this exit code.   -> what it said"""
-    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        captured = capfd.readouterr()
-        assert ended.value.code == code, captured.err + captured.out
+        result = here(*arguments)
+        assert result.code == code, result.text
         if code:
-            lines = captured.err.splitlines()
-            assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+            lines = result.stderr.splitlines()
+            assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
             return lines[0]
-        return captured.out
+        return result.stdout
 
     return run
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +13,12 @@ import pytest
 import torch
 
 from data_pipeline import storage
-from rddm_dist.cli import main as entry
 from rddm_dist.loading import load_model
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.inspection import scan
 from rddm_dist.training.ownership import take
 from rddm_dist.training.streaming import averages_of, rebuild
+from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
 from tests.support.processes import run_workers
 from tests.support.runs import TRAIN, write_config
@@ -53,19 +52,16 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+def call(here: Here) -> Call:
     """`rddm checkpoint` in this process; it must end with this exit code.   -> what it said, of code 2 the one line"""
 
     def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["rddm", "checkpoint", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        captured = capfd.readouterr()
-        assert ended.value.code == code, captured.err + captured.out
+        result = here("checkpoint", *arguments)
+        assert result.code == code, result.text
         if code == 2:
-            [line] = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+            [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
             return line
-        return captured.out
+        return result.stdout
 
     return run
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +17,9 @@ from PIL import Image
 
 from data_pipeline import storage
 from data_pipeline.manifest import Manifest
-from rddm_dist.cli import main as entry
 from rddm_dist.cli.dataset import check_output
 from rddm_dist.cli.progress import ProgressBar
+from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset, random_image
 from tests.support.processes import RDDM, Finished, finish, run, start
 
@@ -28,19 +27,14 @@ Command = Callable[..., Finished]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def command(here: Here, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run the command line in this process, in tmp_path. No exit code but those of a user's errors ends in one line."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        captured = capfd.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int) and "Traceback" not in captured.err + captured.out
-        return Finished(code, captured.out, captured.err)
+        result = here(*arguments)
+        assert "Traceback" not in result.text
+        return result
 
     return call
 

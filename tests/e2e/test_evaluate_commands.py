@@ -9,8 +9,7 @@ import re
 import shlex
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import storage
-from rddm_dist.cli import main as entry
+from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
 from tests.support.evaluation import feature_network, lpips_network, tiny_generator, tiny_model
 from tests.support.processes import RDDM, Finished, finish, kill_group, start
@@ -27,7 +26,6 @@ from tests.support.servers import lead_to, make_bucket, s3_server, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
-Here = Callable[..., Finished]
 COUNT = 4
 
 
@@ -43,15 +41,11 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
-    """Run the command line in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
+def here(here: Here) -> Here:
+    """Run the command line in this process, in tmp_path; it must end with this exit code."""
 
     def call(*arguments: object, code: int = 0) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        result = Finished(ended.value.code if isinstance(ended.value.code, int) else 0, *capfd.readouterr())
+        result = here(*arguments)
         assert result.code == code, result.text
         return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,32 +13,14 @@ from PIL import Image
 
 from cluster.ray_session import ray_session
 from data_pipeline.rng import stable_id
-from rddm_dist.cli import main as entry
 from rddm_dist.config import Config
 from rddm_dist.evaluation.restore import load_restorer
 from rddm_dist.factory import make_net
 from rddm_dist.model.weights import save_safetensors
-from tests.e2e.conftest import TinyRun
+from tests.e2e.conftest import Here, TinyRun
 from tests.support.datasets import make_dataset, make_folders
-from tests.support.processes import Finished, run_workers
+from tests.support.processes import run_workers
 from tests.support.runs import TRAIN, write_config
-
-Here = Callable[..., Finished]
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Here:
-    """Run the command line in this process, in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> Finished:
-        monkeypatch.setattr(sys, "argv", ["rddm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            entry.main()
-        code = ended.value.code
-        return Finished(code if isinstance(code, int) else 0, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture
