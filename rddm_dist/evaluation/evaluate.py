@@ -40,8 +40,6 @@ from rddm_dist.evaluation.runner import GENERATED_CASES, run_here
 from rddm_dist.evaluation.sources import Entry, Source, attach_outputs, check_entry_sizes, require
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from rddm_dist.loading import Model
 
 log = logging.getLogger(__name__)
@@ -314,14 +312,14 @@ class _Collector:
             return False
         return hashlib.sha256(image.tobytes()).hexdigest() == row["restored_sha256"]
 
-    def _keep(self, digest: str, table: pa.Table) -> None:
+    def _keep(self, digest: str, table: results.Table) -> None:
         """Store a table, its pictures first: what is stored is complete."""
         rows = results.rows_of(table)
         self._count(results.rows_of(results.without(table, PICTURES)))
         with writing(self._images):
             self._write(digest, table, rows)
 
-    def _write(self, digest: str, table: pa.Table, rows: Sequence[dict[str, Any]]) -> None:
+    def _write(self, digest: str, table: results.Table, rows: Sequence[dict[str, Any]]) -> None:
         shown = set(self._shown()) if any(results.CASE in row for row in rows) else set()
         for row in rows:
             if results.PNG in row:

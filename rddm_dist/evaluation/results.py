@@ -22,6 +22,8 @@ from data_pipeline.errors import EnvironmentFault
 
 log = logging.getLogger(__name__)
 
+Table = pa.Table
+
 FOLDER, SUFFIX = "results", ".parquet"
 UNIT_KEY = b"rddm_unit"
 PNG, CASE = "png", "case"  # columns of pictures

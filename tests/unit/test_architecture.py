@@ -17,6 +17,7 @@ DOORS = {
     "deepspeed": ("rddm_dist/training/engine.py",),
     "mlflow": ("rddm_dist/tracking/", "rddm_dist/cli/"),
     "ray": ("cluster/ray_",),
+    "pyarrow": ("rddm_dist/evaluation/results.py",),
 }
 FORBIDDEN = {
     "data_pipeline/": ("rddm_dist", "cluster", "ray", "deepspeed", "mlflow", "torch.distributed"),
