@@ -27,6 +27,8 @@ TASKS_PER_ACTOR, MAX_UNITS_PER_TASK = 256, 16
 FEW_TASKS_PER_ACTOR = 8
 # Results that are finished and not yet taken: beyond it Ray Data starts no more tasks.
 RESULT_BYTES = 128 * 2**20
+# Ray calls a worker in a thread of its own, for whose small arena glibc takes and gives back large arrays each time.
+ACTOR_ENV = {"MALLOC_ARENA_MAX": "1"}
 GROWTH_TIMEOUT_S = 900  # for the nodes of the first `min` actors, on a cluster that adds nodes by itself
 
 Worker = Callable[[bytes], bytes]  # a unit in, its result out
@@ -121,6 +123,7 @@ def run_on_actors(
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=in_flight),
             num_cpus=cpus_per_actor,
             num_gpus=gpus_per_actor or None,
+            runtime_env={"env_vars": ACTOR_ENV},
             fn_constructor_kwargs={"make": make, "options": dict(options), "starts": starts},
         )
         dataset.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
