@@ -61,8 +61,9 @@ class Evaluation:
         """
         from data_pipeline import storage
         from rddm_dist.evaluation.curve import CURVE_JSON, Point, build_curve, folder_of, main_point
+        from rddm_dist.evaluation.report import write_report_files
         from rddm_dist.evaluation.restore import restore_settings
-        from rddm_dist.evaluation.summary import write_json, write_report_files
+        from rddm_dist.evaluation.writing import write_json
 
         for steps in wanted:
             restore_settings(self._model.config, steps=steps, eta=self._settings.eta).check(self._model.schedule)
@@ -84,7 +85,8 @@ class Evaluation:
 
     def _evaluate(self, steps: int, folder: str) -> tuple[dict[str, Any], Outcome, float | None]:
         from rddm_dist.evaluation.evaluate import plan_features, plan_generation, plan_restoration, seconds_per_image
-        from rddm_dist.evaluation.summary import build_report, write_report_files
+        from rddm_dist.evaluation.report import write_report_files
+        from rddm_dist.evaluation.summary import build_report
 
         settings = replace(self._settings, steps=steps)
         reference: tuple[Plan, Outcome] | None = None

@@ -57,7 +57,8 @@ def score(
     from rddm_dist.evaluation.evaluate import plan_files
     from rddm_dist.evaluation.job import EvalSettings
     from rddm_dist.evaluation.protocol import get_protocol
-    from rddm_dist.evaluation.summary import build_report, write_report_files
+    from rddm_dist.evaluation.report import write_report_files
+    from rddm_dist.evaluation.summary import build_report
 
     pool = count_range(actors, flag="--actors")
     settings = EvalSettings(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rddm_dist.evaluation.figures import journal_points
 from rddm_dist.evaluation.page import render_page
 from rddm_dist.evaluation.report import Tile, gain_tile, report_body, report_lead
-from rddm_dist.evaluation.summary import write_text
 from rddm_dist.evaluation.wording import decimals
+from rddm_dist.evaluation.writing import write_text
 from rddm_dist.tracking.store import default_uri
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ killed goes on where it stopped, and whoever runs the units, in whatever order, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import statistics
@@ -38,6 +37,7 @@ from rddm_dist.evaluation.protocol import get_protocol
 from rddm_dist.evaluation.results import ResultStore
 from rddm_dist.evaluation.runner import GENERATED_CASES, run_here
 from rddm_dist.evaluation.sources import Entry, Source, attach_outputs, check_entry_sizes, require
+from rddm_dist.evaluation.writing import writing
 
 if TYPE_CHECKING:
     from rddm_dist.loading import Model
@@ -380,15 +380,3 @@ def seconds_per_image(outcome: Outcome) -> float | None:
 
 def _first(entries: list[Entry], limit: int) -> list[Entry]:
     return entries[:limit] if limit else entries
-
-
-@contextlib.contextmanager
-def writing(place: str) -> Iterator[None]:
-    """A full disk, or a folder that is not writable, as an EnvironmentFault in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{place} cannot be written ({error.strerror or error}); make room or choose another --out, then run the "
-            "command again: what is done is kept"
-        ) from error

@@ -19,7 +19,7 @@ from data_pipeline.errors import BadSample, ConfigError, DataError, EnvironmentF
 from data_pipeline.rng import MAX_SIDE
 from rddm_dist.diffusion.schedule import Schedule
 from rddm_dist.evaluation.restore import NetSampler, RestoreSettings, restore_settings, to_images, to_levels, write_png
-from rddm_dist.evaluation.summary import write_json
+from rddm_dist.evaluation.writing import write_json
 from rddm_dist.model.net import Network
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline import storage
 from rddm_dist.evaluation.figures import distributions, steps_curve, training_charts
 from rddm_dist.evaluation.gallery import case_cards, picture_grid, split_cases
 from rddm_dist.evaluation.metrics import METRICS, metric_info
 from rddm_dist.evaluation.page import render_page
 from rddm_dist.evaluation.score_table import all_scores, failed_table, image_table
-from rddm_dist.evaluation.summary import write_text
+from rddm_dist.evaluation.summary import REPORT_HTML, REPORT_JSON, TIMINGS_JSON
 from rddm_dist.evaluation.wording import (
     MINUS,
     PLUS_MINUS,
@@ -26,6 +27,7 @@ from rddm_dist.evaluation.wording import (
     interval,
     protocol_words,
 )
+from rddm_dist.evaluation.writing import write_json, write_text, writing
 
 if TYPE_CHECKING:
     from rddm_dist.evaluation.cases import Case
@@ -43,6 +45,26 @@ class Tile:
     note: str = ""
     tone: str = ""
     hint: str = ""
+
+
+def write_report_files(
+    out: str | Path,
+    report: Mapping[str, Any],
+    *,
+    command: str,
+    cases: Sequence[Case] = (),
+    seconds: float | None = None,
+    curve: Mapping[str, Any] | None = None,
+) -> None:
+    """Write report.json, timings.json and index.html into `out`, a path or a URL, each whole or not at all.
+
+    seconds: that one image took; it stands apart, because report.json has the same bytes every time.
+    """
+    with writing(str(out)):
+        storage.make_folder(str(out))
+        write_json(storage.join(str(out), REPORT_JSON), report)
+        write_json(storage.join(str(out), TIMINGS_JSON), {"seconds_per_image": seconds})
+        write_report(storage.join(str(out), REPORT_HTML), report, cases=cases, command=command, curve=curve)
 
 
 def write_report(

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline import storage
 from data_pipeline.errors import DataError
-from rddm_dist.evaluation.cases import Case
 from rddm_dist.evaluation.job import settings_dict, software
 from rddm_dist.evaluation.statistics import bootstrap_mean
-from rddm_dist.tracking.journal import json_safe
 
 if TYPE_CHECKING:
     from rddm_dist.evaluation.distribution import Moments
@@ -203,36 +198,3 @@ def _refuse_twice(rows: Sequence[Mapping[str, Any]]) -> None:
     for first, second in zip(rows, rows[1:], strict=False):
         if first["key"] == second["key"]:
             raise DataError(f"key {first['key']} was scored twice")
-
-
-def write_report_files(
-    out: str | Path,
-    report: Mapping[str, Any],
-    *,
-    command: str,
-    cases: Sequence[Case] = (),
-    seconds: float | None = None,
-    curve: Mapping[str, Any] | None = None,
-) -> None:
-    """Write report.json, timings.json and index.html into `out`, a path or a URL, each whole or not at all.
-
-    seconds: that one image took; it stands apart, because report.json has the same bytes every time.
-    """
-    from rddm_dist.evaluation.evaluate import writing
-    from rddm_dist.evaluation.report import write_report
-
-    with writing(str(out)):
-        storage.make_folder(str(out))
-        write_json(storage.join(str(out), REPORT_JSON), report)
-        write_json(storage.join(str(out), TIMINGS_JSON), {"seconds_per_image": seconds})
-        write_report(storage.join(str(out), REPORT_HTML), report, cases=cases, command=command, curve=curve)
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Valid JSON of the value, atomically."""
-    write_text(path, json.dumps(json_safe(value), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file, at a path or a URL, whole or not at all; a process killed midway leaves what was there."""
-    storage.write_bytes_atomic(str(path), text.encode())

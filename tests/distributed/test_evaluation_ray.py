@@ -21,9 +21,10 @@ from data_pipeline.pack import pack
 from data_pipeline.sources import find_pairs
 from rddm_dist import load_model
 from rddm_dist.evaluation.evaluate import Outcome, run_plan
+from rddm_dist.evaluation.report import write_report_files
 from rddm_dist.evaluation.runner import run_here
 from rddm_dist.evaluation.sources import PackedSource
-from rddm_dist.evaluation.summary import build_report, write_report_files
+from rddm_dist.evaluation.summary import build_report
 from tests.support.datasets import make_folders
 from tests.support.evaluation import restoration, tiny_model
 from tests.support.processes import RDDM, Finished, finish, kill_group, start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,19 @@ def test_no_module_is_a_drawer() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse((ROOT / path).read_text())), path
+
+
+def test_modules_of_the_evaluation_import_those_of_their_line_and_above() -> None:
+    """The lines are those of the package's own description."""
+    folder = ROOT / "rddm_dist" / "evaluation"
+    described = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    table = re.sub(r"\([^)]*\)", "", described.split("\n\n")[1])
+    lines = re.split(r"\n {4}(?=\S)", "\n" + table)[1:]
+    places = {word: place for place, line in enumerate(lines) for word in re.findall(r"\w+", line[20:])}
+    names = {path.stem for path in folder.iterdir() if not path.name.startswith("__")}
+    assert names <= set(places)
+    for path in folder.glob("[!_]*.py"):
+        for name in imports(path.relative_to(ROOT)):
+            module = name.removeprefix("rddm_dist.evaluation.").partition(".")[0]
+            if name.startswith("rddm_dist.evaluation.") and module in names:
+                assert places[module] <= places[path.stem], f"{path.stem} imports {module}, which stands below it"

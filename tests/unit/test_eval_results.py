@@ -19,10 +19,11 @@ from data_pipeline.errors import DataError, ModelError, RddmError
 from rddm_dist import load_model
 from rddm_dist.evaluation.evaluate import Outcome, Plan, plan_files, plan_restoration, run_plan, seconds_per_image
 from rddm_dist.evaluation.job import EvalSettings, Job, Unit, make_identity, plan_units
+from rddm_dist.evaluation.report import write_report_files
 from rddm_dist.evaluation.results import ResultStore, from_bytes, make_table, rows_of, to_bytes, vectors_of
 from rddm_dist.evaluation.runner import run_here
 from rddm_dist.evaluation.sources import Entry, PackedSource
-from rddm_dist.evaluation.summary import build_report, write_report_files
+from rddm_dist.evaluation.summary import build_report
 from rddm_dist.tracking.journal import json_safe
 from tests.support.datasets import make_dataset
 from tests.support.evaluation import feature_network, lpips_network, restoration, tiny_model

@@ -25,10 +25,11 @@ from rddm_dist.evaluation.features import load_features, load_lpips
 from rddm_dist.evaluation.generate import make_generator
 from rddm_dist.evaluation.job import EvalSettings, Job, Unit
 from rddm_dist.evaluation.protocol import get_protocol, score
+from rddm_dist.evaluation.report import write_report_files
 from rddm_dist.evaluation.restore import make_restorer, round_levels
 from rddm_dist.evaluation.runner import GENERATED_CASES, run_here
 from rddm_dist.evaluation.sources import FileSource, PackedSource
-from rddm_dist.evaluation.summary import build_report, write_report_files
+from rddm_dist.evaluation.summary import build_report
 from tests.support.datasets import make_dataset, make_folders, random_image
 from tests.support.evaluation import (
     CLASSES,

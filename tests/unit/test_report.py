@@ -20,8 +20,8 @@ from rddm_dist.evaluation.charts import Sample, Series, histogram, line_chart, n
 from rddm_dist.evaluation.demo_report import write_demo_report
 from rddm_dist.evaluation.figures import steps_curve
 from rddm_dist.evaluation.gallery import split_cases
-from rddm_dist.evaluation.report import write_report
-from rddm_dist.evaluation.summary import summarize, write_report_files
+from rddm_dist.evaluation.report import write_report, write_report_files
+from rddm_dist.evaluation.summary import summarize
 from rddm_dist.factory import make_net
 from rddm_dist.loading import Model, load_model
 from rddm_dist.model.weights import save_safetensors
