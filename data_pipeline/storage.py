@@ -133,7 +133,9 @@ def list_names(uri: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
         folder = local_path(uri)
         try:
             return sorted(os.listdir(folder))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            return []  # not asked again: another worker may be making it now
+        except NotADirectoryError:
             if folder.exists():
                 raise
             return []
