@@ -64,16 +64,6 @@ def _quiet_core() -> Iterator[None]:
         os.close(kept)
 
 
-def require_resources(*, cpus: float, gpus: float) -> None:
-    """Refuse a request that the cluster can never grant, instead of waiting for ever."""
-    have = ray.cluster_resources()
-    if have.get("CPU", 0.0) < cpus or have.get("GPU", 0.0) < gpus:
-        raise EnvironmentFault(
-            f"the Ray cluster has {have.get('CPU', 0):.0f} CPUs and {have.get('GPU', 0):.0f} GPUs, the job asks for "
-            f"{cpus:.0f} and {gpus:.0f}; lower --workers, --actors or --gpus-per-worker, or add nodes"
-        )
-
-
 def actors_that_fit(nodes: Iterable[Mapping[str, float]], *, cpus: float, gpus: float) -> int:
     """How many actors of `cpus` CPUs and `gpus` GPUs nodes with these resources hold; an actor is on one node."""
     return sum(
@@ -92,30 +82,51 @@ def _gpu_places(have: float, gpus: float) -> float:
 def require_actors(count: int, *, cpus: float, gpus: float) -> int:
     """How many actors of `cpus` CPUs and `gpus` GPUs each the nodes that are there can hold, when nobody else is.
 
-    EnvironmentFault if fewer than `count`, unless the cluster may grow: nodes that were started by node groups
-    (KubeRay, `ray up`) say so by Ray's label of their group.
+    EnvironmentFault if fewer than `count`, unless the cluster may grow.
     """
+    remedy = "lower --actors, --gpus-per-actor or the threads of an actor, or add nodes"
+    return _require_room(count, cpus=cpus, gpus=gpus, who="actors", remedy=remedy)
+
+
+def require_workers(count: int, *, cpus: float, gpus: float) -> None:
+    """EnvironmentFault where the cluster can never hold so many workers of `cpus` CPUs and `gpus` GPUs each."""
+    remedy = "lower --workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
+    _require_room(count, cpus=cpus, gpus=gpus, who="workers", remedy=remedy)
+
+
+def _require_room(count: int, *, cpus: float, gpus: float, who: str, remedy: str) -> int:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     room = actors_that_fit((node["Resources"] for node in nodes), cpus=cpus, gpus=gpus)
-    if room < count and not any(NODE_GROUP_LABEL in node["Labels"] for node in nodes):
+    if room < count and not may_grow(node["Labels"] for node in nodes):
         raise EnvironmentFault(
-            f"the Ray cluster has room for {room} actors of {cpus:g} CPUs and {gpus:g} GPUs, the job asks for {count}; "
-            "lower --actors, --gpus-per-actor or the threads of an actor, or add nodes"
+            f"the Ray cluster has room for {room} {who} of {cpus:g} CPUs and {gpus:g} GPUs, the job asks for {count}; "
+            f"{remedy}"
         )
     return room
 
 
-def quiet_ray_data() -> None:
-    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder.
+def may_grow(labels: Iterable[Mapping[str, str]]) -> bool:
+    """Whether a cluster whose nodes have these labels may grow.
 
-    Nor what raylets say of processes that died, long lines on standard output whatever log_to_driver is: it has no
-    public switch, this is the one that Ray's debugger uses.
+    Nodes that were started by node groups (KubeRay, `ray up`) say so by Ray's label of their group.
     """
-    import ray._private.worker
-    import ray.data
+    return any(NODE_GROUP_LABEL in node for node in labels)
 
+
+def quiet_raylets() -> None:
+    """Nothing on standard output of what raylets say of processes that died: long lines, whatever log_to_driver is."""
+    import ray._private.worker
+
+    # It has no public switch, this is the one that Ray's debugger uses.
     ray._private.worker._worker_logs_enabled = False
 
+
+def quiet_ray_data() -> None:
+    """No progress bars of its own, and its log records only into the file it keeps in Ray's session folder. Nor what
+    raylets say."""
+    import ray.data
+
+    quiet_raylets()
     ray.data.DataContext.get_current().enable_progress_bars = False
     logger = logging.getLogger("ray.data")
     for handler in list(logger.handlers):

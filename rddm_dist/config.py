@@ -53,6 +53,7 @@ __all__ = [
     "TrainSection",
     "apply_override",
     "differences",
+    "explain",
     "identity_digest",
     "iter_keys",
     "load_config",
@@ -185,7 +186,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "degrade": _canonical_degradation(config.data.degrade),
         }
     )
-    train = config.train.model_copy(update={"init_from": _absolute(config.train.init_from)})
+    train = config.train.model_copy(
+        update={"init_from": _absolute(config.train.init_from), "notice_file": _absolute(config.train.notice_file)}
+    )
     return config.model_copy(update={"run": run, "data": data, "train": train})
 
 
@@ -218,7 +221,8 @@ def parse_config(values: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_describe(error)}") from error
+        known = [key for key, _, _ in iter_keys(Config())] + list(Config.model_fields)
+        raise ConfigError(f"{source}: {explain(error, known)}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -240,16 +244,17 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _describe(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line, with the nearest known key for an unknown one."""
+def explain(error: ValidationError, known: Sequence[str]) -> str:
+    """The first problem of a pydantic error in one line, with the nearest of the known keys for an unknown one."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [key for key, _, _ in iter_keys(Config())] + list(Config.model_fields)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         if not close:
             close = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
         return f"unknown key {name}" + (f"; did you mean {close[0]}?" if close else "")
+    if first["type"] == "missing":
+        return f"{name} is missing; the file has to give it"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # of our own validators, which name the key
         return message

@@ -186,6 +186,10 @@ class TrainSection(Section):
     max_failed_saves: int = _key(
         5, EXTENDABLE, "Saves in a row that may fail (disk full, storage away) before the run ends", ge=1
     )
+    max_hours: float = _key(0.0, EXECUTION, "Save and stop (exit 75) after so many hours of one start; 0: never", ge=0)
+    notice_file: str = _key(
+        "", EXECUTION, "Save and stop when this file appears on a worker's machine (the notice of a spot instance)"
+    )
 
 
 class EmaSection(Section):
@@ -296,6 +300,7 @@ class TrackingSection(Section):
     backend: Literal["mlflow", "none"] = _key("mlflow", EXECUTION, "Where metrics go besides metrics.jsonl")
     uri: str = _key("", EXECUTION, "MLflow tracking URI; empty: sqlite at <storage>/mlflow.db")
     experiment: str = _key("rddm", EXECUTION, "MLflow experiment")
+    parent: str = _key("", EXECUTION, "MLflow run id that this run is a child of, e.g. of a sweep")
 
 
 def _is_vertex(value: Any) -> bool:

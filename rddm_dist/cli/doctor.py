@@ -1,4 +1,7 @@
-"""`rddm doctor`: is this machine fit to train, and what to mend; `rddm doctor data`: is this dataset sound."""
+"""`rddm doctor`: is this machine fit to train, and what to mend; `rddm doctor data`: is this dataset sound.
+
+`rddm doctor cluster` has a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.findings import Finding
+from rddm_dist.cli import doctor_cluster
 from rddm_dist.cli.dataset import check_output, write_output
+from rddm_dist.cli.findings import show_findings
 from rddm_dist.cli.progress import ProgressBar, say
 
 if TYPE_CHECKING:
@@ -28,21 +33,13 @@ SHOWN = 4  # findings of a kind on the console
 EXIT_NOT_SOUND = 3
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; `remedy` is set when something is wrong."""
-
-    name: str
-    value: str
-    remedy: str = ""
-
-
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
         invoke_without_command=True, epilog="Example: rddm doctor; for a dataset: rddm doctor data data/train"
     )
     group.callback()(doctor)
     group.command("data", epilog="Example: rddm doctor data data/test --against data/train")(doctor_data)
+    doctor_cluster.register(group)
     app.add_typer(group, name="doctor")
 
 
@@ -50,18 +47,11 @@ def doctor(
     context: typer.Context,
     storage: Annotated[str, typer.Option(help="Folder where runs would be kept")] = "runs",
 ) -> int:
-    """Check this machine: versions, compiler, devices, disk; say what to fix. Or check a dataset."""
+    """Check this machine: versions, compiler, devices, disk; say what to fix. Or check a dataset, or a cluster."""
     if context.invoked_subcommand is not None:
         return 0
     findings = [*_check_versions(), *_check_compiler(), *_check_devices(), *_check_disk(storage)]
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        say(f"{'FIX' if finding.remedy else ' ok'}  {finding.name:<{width}}  {finding.value}")
-        if finding.remedy:
-            say(f"     {' ' * width}  -> {finding.remedy}")
-    problems = sum(1 for finding in findings if finding.remedy)
-    say(f"{problems} thing(s) to fix" if problems else "ready to train")
-    return 2 if problems else 0
+    return show_findings(findings, ready="ready to train")
 
 
 def doctor_data(

@@ -17,8 +17,10 @@ from rddm_dist.cli import (
     evaluate,
     features,
     index,
+    launch,
     registry,
     restore,
+    runs,
     sample,
     score,
     train,
@@ -45,8 +47,8 @@ app = typer.Typer(
     result_callback=_exit_with,
 )
 COMMANDS = (
-    data, index, dataset, train, evaluate, score, compare, features, restore, sample, checkpoint, registry, doctor,
-    demo,
+    data, index, dataset, train, launch, runs, evaluate, score, compare, features, restore, sample, checkpoint,
+    registry, doctor, demo,
 )  # fmt: skip
 for module in COMMANDS:
     module.register(app)

@@ -22,7 +22,9 @@ def main() -> None:
     from rddm_dist.cli.train import TrainConsole, run_overrides
     from rddm_dist.comm import leave, topology_from_env
     from rddm_dist.config import load_config
+    from rddm_dist.training.folder import run_folder
     from rddm_dist.training.run import Hooks, train
+    from rddm_dist.training.stopping import exit_code_of, stopped_for_good
 
     topology = topology_from_env()
     is_alone = True  # what goes wrong before the workers meet goes wrong on all of them
@@ -30,12 +32,17 @@ def main() -> None:
         overrides = [*arguments.overrides, *run_overrides(arguments.storage, arguments.run)]
         config = load_config(arguments.config, overrides)
         is_alone = False
+        folder = run_folder(config)
+        if stopped_for_good(folder):
+            if topology.rank == 0:
+                print(f"{folder.home}: this launch was stopped by rddm stop; launch again to go on")
+            leave(exit_code_of(75, folder))
         if topology.rank == 0:
             with TrainConsole(config) as console:
                 result = train(config, topology, Hooks(on_event=console.on_event), forgets_request=True)
         else:
             result = train(config, topology)
-        code = result.exit_code
+        code = exit_code_of(result.exit_code, folder)
     except RddmError as error:
         if topology.rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from rddm_dist.training.prepare import Prepared
     from rddm_dist.training.run import TrainResult
 
+RETRIES_HELP = (
+    "Start the workers again after some were lost, at most so often; above 0 also after a node drained, however often"
+)
+WAIT_HELP = "Seconds that workers may wait for room in the cluster, then the run stops (exit 75)"
+
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="Example: rddm train configs/train/demo.yaml --workers 2 train.steps=1000")(train)
@@ -30,20 +35,36 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override keys")] = None,
     workers: Annotated[str, typer.Option(help="Workers: N, or MIN:MAX")] = "1",
     gpus_per_worker: Annotated[int, typer.Option(min=0, help="GPUs of each worker")] = 0,
+    cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPU cores of each worker, as Ray counts them")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help=RETRIES_HELP)] = 0,
+    wait_s: Annotated[float, typer.Option(min=0, help=WAIT_HELP)] = 600.0,
     storage: Annotated[str, typer.Option(help="Folder, or s3:// URL, that holds run folders")] = "",
     run: Annotated[str, typer.Option(help="Name of the run folder; the same name continues it")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing")] = False,
 ) -> int:
     """Train a model on Ray workers, or continue the run that is there."""
     from rddm_dist.config import load_config
+    from rddm_dist.training.folder import run_folder
+    from rddm_dist.training.stopping import exit_code_of, stopped_for_good
 
     resolved = load_config(config, [*(overrides or []), *run_overrides(storage, run)])
     count = single_count(workers, flag="--workers")
     if dry_run:
         _plan_run(resolved, workers=count, gpus_per_worker=gpus_per_worker)
         return 0
-    result = train_here(resolved, workers=count, gpus_per_worker=gpus_per_worker)
-    return result.exit_code
+    folder = run_folder(resolved)
+    if stopped_for_good(folder):
+        say(f"{folder.home}: this launch was stopped by rddm stop; launch again to go on")
+        return exit_code_of(75, folder)
+    result = train_here(
+        resolved,
+        workers=count,
+        gpus_per_worker=gpus_per_worker,
+        cpus_per_worker=cpus_per_worker,
+        retries=retries,
+        wait_s=wait_s,
+    )
+    return exit_code_of(result.exit_code, folder)
 
 
 def run_overrides(storage: str, run: str) -> list[str]:
@@ -70,12 +91,23 @@ def _check_machine(config: Config, *, gpus_per_worker: int) -> None:
         check_toolchain()
 
 
-def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainResult:
-    """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop."""
+def train_here(
+    config: Config,
+    *,
+    workers: int,
+    gpus_per_worker: int,
+    cpus_per_worker: int = 1,
+    retries: int = 0,
+    wait_s: float = 600.0,
+) -> TrainResult:
+    """Check the run, then train it on Ray with progress on the console. SIGTERM and Ctrl-C save and stop.
+
+    retries, wait_s: see `cluster.ray_train.Patience`.
+    """
     import torch
 
-    from cluster.ray_session import ray_session, require_resources
-    from cluster.ray_train import train_on_ray
+    from cluster.ray_session import ray_session, require_workers
+    from cluster.ray_train import Group, Patience, train_on_ray
     from rddm_dist.log import configure as configure_logging
     from rddm_dist.training.folder import JournalMirror
     from rddm_dist.training.ownership import take
@@ -99,14 +131,21 @@ def train_here(config: Config, *, workers: int, gpus_per_worker: int) -> TrainRe
             JournalMirror(prepared.folder).restore()  # the console goes on behind it
     say(f"{'continuing' if prepared.is_continued else 'new run'} {prepared.home}")
     say(f"starting Ray and {workers} worker(s); logs in {prepared.run_dir / 'logs'}")
-    with ray_session(cpus=workers):
-        require_resources(cpus=workers, gpus=workers * gpus_per_worker)
+    with ray_session(cpus=workers * cpus_per_worker):
+        require_workers(workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         make_run_dir(prepared)
         configure_logging(prepared.run_dir / "logs" / "driver.log")
         clear_request(prepared.folder)
         # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
-        with StopOnSignal(prepared.folder), TrainConsole(config) as console:
-            return train_on_ray(config, workers=workers, gpus_per_worker=gpus_per_worker, on_event=console.on_event)
+        with StopOnSignal(prepared.folder) as stopping, TrainConsole(config) as console:
+            return train_on_ray(
+                config,
+                Group(workers, gpus_per_worker, cpus_per_worker),
+                on_event=console.on_event,
+                tell=say,
+                patience=Patience(retries, wait_s),
+                is_asked=lambda: stopping.is_asked,
+            )
 
 
 def _plan_run(config: Config, *, workers: int, gpus_per_worker: int) -> None:
@@ -198,7 +237,8 @@ class StopOnSignal:
     """SIGTERM, SIGUSR1 or the first Ctrl-C ask the run to save and stop; a second Ctrl-C gives up at once."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self._folder, self._asked = folder, False
+        self._folder = folder
+        self.is_asked = False
 
     def __enter__(self) -> StopOnSignal:
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -209,11 +249,12 @@ class StopOnSignal:
         from rddm_dist.training.folder import try_sending
         from rddm_dist.training.stopping import request_stop
 
-        if number == signal.SIGINT and self._asked:
+        if number == signal.SIGINT and self.is_asked:
             raise KeyboardInterrupt
-        self._asked = True
+        self.is_asked = True
         # Not here: a URL may take a while to answer, or not answer at all.
-        threading.Thread(target=try_sending, args=("the stop request", partial(request_stop, self._folder))).start()
+        asking = partial(request_stop, self._folder, signal.Signals(number).name)
+        threading.Thread(target=try_sending, args=("the stop request", asking)).start()
         say(f"{signal.Signals(number).name}: saving at the next step, then stopping")
 
     def __exit__(

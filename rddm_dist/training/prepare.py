@@ -31,12 +31,12 @@ from rddm_dist.training.folder import (
 )
 from rddm_dist.training.ownership import OWNER_PATTERN
 from rddm_dist.training.plan import BatchPlan, make_plan
-from rddm_dist.training.stopping import REQUEST_FILE
+from rddm_dist.training.stopping import LAUNCHES, REQUEST_FILE
 
 QUARANTINE_FILE = "quarantine.jsonl"
 INIT_WEIGHTS = "init_weights"  # key of identity.json
 # What a start that came to nothing may leave in a run folder.
-LEFTOVERS = {"logs", "ray", REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, SEGMENTS, TRACKER_FILE}
+LEFTOVERS = {"logs", "ray", LAUNCHES, REQUEST_FILE, IDENTITY_FILE, JOURNAL_FILE, SEGMENTS, TRACKER_FILE}
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,7 @@ def _check_continuation(prepared: Prepared) -> Prepared:
     ->  the run with those that did, and with the weights it was started from
     """
     run_dir, config = prepared.home, prepared.config
-    earlier = load_config(prepared.folder.uri(CONFIG_FILE))
-    changed = differences(earlier, config, IDENTITY)
-    if changed:
-        raise ConfigError(
-            f"{run_dir} was started with other settings ({'; '.join(changed)}); give those back or choose another "
-            "run.name"
-        )
+    earlier = check_same_settings(config, prepared.folder)
     identity = _read_identity(prepared.folder)
     fingerprint = identity["data_fingerprint"]
     if fingerprint != prepared.data_fingerprint:
@@ -227,6 +221,18 @@ def _check_continuation(prepared: Prepared) -> Prepared:
         changes=tuple(differences(earlier, config, EXTENDABLE)),
         init_weights=identity.get(INIT_WEIGHTS, ""),
     )
+
+
+def check_same_settings(config: Config, folder: RunFolder) -> Config:
+    """Raise ConfigError where the run in `folder` was started with other identity keys.   -> what it began with"""
+    earlier = load_config(folder.uri(CONFIG_FILE))
+    changed = differences(earlier, config, IDENTITY)
+    if changed:
+        raise ConfigError(
+            f"{folder.home} was started with other settings ({'; '.join(changed)}); give those back or choose another "
+            "run.name"
+        )
+    return earlier
 
 
 def _read_identity(folder: RunFolder) -> dict[str, Any]:

@@ -171,6 +171,8 @@ def _start_tracker(prepared: Prepared) -> MlflowTracker:
 
     config = prepared.config
     origin = {"rddm.init_weights": prepared.init_weights} if prepared.init_weights else {}
+    if config.tracking.parent:
+        origin["mlflow.parentRunId"] = config.tracking.parent
     tracker = MlflowTracker(
         prepared.run_dir,
         uri=config.tracking.uri or default_uri(config.run.storage),

@@ -93,7 +93,7 @@ def train(
     """
     hooks = hooks or Hooks()
     started = time.monotonic()
-    stop = StopFlag(run_folder(config), rank=topology.rank)
+    stop = StopFlag(run_folder(config), rank=topology.rank, train=config.train)
     owner: Ownership | None = None
     try:
         comm.initialize(topology)

@@ -14,7 +14,7 @@ PACKAGES = ("data_pipeline", "rddm_dist", "cluster")
 DOORS = {
     "webdataset": ("data_pipeline/shards.py",),
     "fsspec": ("data_pipeline/storage.py",),
-    "torch.distributed": ("rddm_dist/comm.py",),
+    "torch.distributed": ("rddm_dist/comm.py", "rddm_dist/torchrun.py"),
     "deepspeed": ("rddm_dist/training/engine.py",),
     "mlflow": ("rddm_dist/tracking/", "rddm_dist/cli/"),
     "ray": ("cluster/ray_",),

@@ -1,0 +1,260 @@
+"""The batch script of a job on Slurm: plain bash around `torchrun` or `ray symmetric-run`, readable and repeatable.
+
+What the script takes care of: Slurm's signal before the time limit (and of preemption) becomes the run's own stop
+request; exit code 75 puts the same job back into the queue; a start of Ray that failed is not taken for success
+(`ray symmetric-run` ends with 0 then); Ray processes left by others of the user are found before, since its end stops
+them all.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from cluster.settings import SlurmCluster
+from cluster.submission import Job, Record
+from data_pipeline import storage
+
+SCRIPT_FILE = "job.sbatch"
+PORTS = 1000  # ports above the first among which a job's own is chosen, so that jobs of one node do not collide
+
+
+def nodes_of(cluster: SlurmCluster, job: Job) -> int:
+    """Nodes that hold the job's workers."""
+    return -(-job.workers // cluster.workers_per_node)
+
+
+def render(cluster: SlurmCluster, job: Job, record: Record) -> str:
+    """The whole script."""
+    folder = _folder(job, record)
+    parts = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in _options(cluster, job, folder)),
+        "set -u -o pipefail",
+        "",
+        *_settings(cluster, job, record, folder),
+        "",
+        *SIGNALS,
+        "",
+        *(_ray(cluster, job) if cluster.form == "ray" else _torchrun(cluster, job)),
+        "",
+        *(REQUEUE if cluster.requeue else END),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _folder(job: Job, record: Record) -> str:
+    """The record as nodes see it; of runs at a URL the local copy, on a file system that nodes share."""
+    return record.home if storage.is_local(job.home) else str(record.local)
+
+
+def _options(cluster: SlurmCluster, job: Job, folder: str) -> Iterator[str]:
+    of_node = min(job.workers, cluster.workers_per_node)
+    yield f"--job-name={job.name}"
+    yield f"--partition={cluster.partition}"
+    for name in ("account", "qos", "constraint"):
+        if getattr(cluster, name):
+            yield f"--{name}={getattr(cluster, name)}"
+    yield f"--nodes={nodes_of(cluster, job)}"
+    yield "--ntasks-per-node=1"
+    yield f"--cpus-per-task={of_node * cluster.cpus_per_worker}"
+    if job.gpus_per_worker:
+        yield f"--gpus-per-node={of_node * job.gpus_per_worker}"
+    if cluster.memory:
+        yield f"--mem={cluster.memory}"
+    if cluster.exclusive:
+        yield "--exclusive"
+    yield f"--time={cluster.time}"
+    yield f"--signal=B:USR1@{cluster.signal_s}"
+    yield "--requeue" if cluster.requeue else "--no-requeue"
+    yield "--open-mode=append"
+    if job.trials:
+        limit = f"%{cluster.array_parallel}" if cluster.array_parallel else ""
+        yield f"--array=0-{len(job.trials) - 1}{limit}"
+    yield f"--output={folder}/slurm-{'%A_%a' if job.trials else '%j'}.log"
+    yield from cluster.sbatch
+
+
+def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> Iterator[str]:
+    """Where everything is, and the environment."""
+    yield from cluster.setup
+    yield f"export RDDM_LAUNCH={record.number}"
+    if not storage.is_local(job.home):
+        # The script cannot see there whether somebody stopped the run, so the run's own exit code has to tell.
+        yield "export RDDM_STOPPED_CODE=0"
+    for name, value in cluster.env.items():
+        yield f"export {name}={shlex.quote(value)}"
+    if cluster.network:
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+            yield f"export {name}={shlex.quote(cluster.network)}"
+    yield f"record={shlex.quote(folder)}"
+    if job.trials:
+        parent = job.home.rpartition("/")[0]
+        yield f"trials=({' '.join(trial.name for trial in job.trials)})"
+        yield "trial=${trials[$SLURM_ARRAY_TASK_ID]}"
+        yield f'run={shlex.quote(parent)}/$trial config="$record/$trial.yaml"'
+    else:
+        yield f"run={shlex.quote(job.home)}"
+        yield 'config="$record/config.yaml"'
+    if cluster.network:
+        yield f"address=$(ip -4 -o addr show dev {shlex.quote(cluster.network)} | awk '{{print $4; exit}}')"
+        yield "address=${address%/*}"
+    else:
+        yield "address=$(hostname -I | awk '{print $1}')"
+    yield "address=${address:-127.0.0.1}  # of this node, the first of the job"
+    yield f"port=$(({cluster.port} + SLURM_JOB_ID % {PORTS}))"
+    yield f"python=({shlex.join(_python(cluster, job))})"
+    if cluster.form == "ray" and cluster.container is None and "/" in cluster.python:
+        yield "# ray symmetric-run looks for ray there."
+        yield f"export PATH={shlex.quote(cluster.python.rpartition('/')[0])}:$PATH"
+    yield f"srun_options=(--nodes={nodes_of(cluster, job)} --ntasks-per-node=1{_pyxis(cluster)})"
+    if cluster.scratch:
+        yield f'export scratch="{cluster.scratch}"'
+
+
+def _python(cluster: SlurmCluster, job: Job) -> list[str]:
+    """Python with rddm-dist, inside apptainer's container where there is one."""
+    container = cluster.container
+    if container is None or container.engine != "apptainer":
+        return [cluster.python]
+    mounts = [part for mount in _mounts(cluster, job) for part in ("--bind", mount)]
+    gpus = ["--nv"] if job.gpus_per_worker else []
+    return ["apptainer", "exec", *gpus, *mounts, *container.options, container.image, cluster.python]
+
+
+def _mounts(cluster: SlurmCluster, job: Job) -> list[str]:
+    assert cluster.container is not None
+    own = [job.home.rpartition("/")[0]] if storage.is_local(job.home) else []
+    return [*own, *cluster.container.mounts]
+
+
+def _pyxis(cluster: SlurmCluster) -> str:
+    container = cluster.container
+    if container is None or container.engine != "pyxis":
+        return ""
+    mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)
+    options = [f"--container-image={container.image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+    return " " + shlex.join([*options, *container.options])
+
+
+# Bash runs a trap as soon as `wait` returns; a second `wait` then waits on, or says again how the step ended.
+SIGNALS = (
+    "# Slurm's signal, or its SIGTERM at preemption: the run saves at its next step and ends with 75.",
+    "ask_to_stop() {",
+    "  signalled=1",
+    '  echo "$(date +%T) $1: asking the run to save and stop"',
+    '  case "$run" in',
+    '    *://*) "${python[@]}" -m rddm_dist.cli.main stop "$run" --preempted "$1" ;;',
+    '    *) [ -e "$run/stop-request" ] || printf "preempted: %s" "$1" > "$run/stop-request" ;;',
+    "  esac",
+    "}",
+    "trap 'ask_to_stop \"the signal before the time limit (SIGUSR1)\"' USR1",
+    "trap 'ask_to_stop \"SIGTERM from Slurm\"' TERM",
+    "run_step() {  # wait for a command, through signals; its exit code is in $code",
+    "  signalled=",
+    '  "$@" &',
+    "  wait $!",
+    "  code=$?",
+    '  while [ -n "$signalled" ]; do',
+    "    signalled=",
+    "    wait $!",
+    "    code=$?",
+    "  done",
+    "}",
+    'ended() { echo "$1" > "$record/ended-$SLURM_JOB_ID"; exit "$1"; }',
+)
+
+END = ('ended "$code"',)
+REQUEUE = (
+    "# Stopped and resumable, and not by a person: back into the queue, under the same job id.",
+    'if [ "$code" -eq 75 ] && [ ! -e "$record/stopped" ] && [ ! -e "$run/launch/$RDDM_LAUNCH/stopped" ]; then',
+    '  echo "$(date +%T) stopped and resumable: queued again"',
+    '  scontrol requeue "$SLURM_JOB_ID" && exit 75',
+    "fi",
+    'ended "$code"',
+)
+
+
+def _torchrun(cluster: SlurmCluster, job: Job) -> Iterator[str]:
+    if job.kind != "train":
+        work = _tail(job.command("", config="", with_ray=False))
+        yield f'run_step srun "${{srun_options[@]}}" "${{python[@]}}" {work}'
+        return
+    of_node = min(job.workers, cluster.workers_per_node)
+    yield "# A torchrun on each node. Who saves leaves together with all others; --wait is for what then still writes."
+    yield "on_every_node() {"
+    yield '  run_step srun --kill-on-bad-exit=0 --wait=300 "${srun_options[@]}" \\'
+    yield '    bash -c \'PET_NODE_RANK=$SLURM_NODEID exec "$@"\' bash "${python[@]}" -m rddm_dist.torchrun \\'
+    yield (
+        f'    --nnodes={nodes_of(cluster, job)} --nproc-per-node={of_node} --master-addr="$address" '
+        '--master-port="$port" "$@"'
+    )
+    yield "}"
+    if cluster.preflight:
+        yield 'on_every_node -m cluster.preflight "$config"'
+        yield '[ "$code" -eq 0 ] || ended "$code"'
+    cache = ' data.cache_dir="$scratch/cache"' if cluster.scratch else ""
+    yield f'on_every_node -m rddm_dist.training "$config"{cache}'
+
+
+def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
+    of_node = min(job.workers, cluster.workers_per_node)
+    yield "# Ray processes of this user would be taken for ours, and be stopped at the end."
+    yield ('stray=$(srun "${srun_options[@]}" bash -c \'pgrep -u "$(id -u)" -x raylet > /dev/null && hostname; true\')')
+    yield 'if [ -n "$stray" ]; then'
+    yield '  echo "error: Ray runs already on" $stray "; run ray stop there, or exclude these nodes" >&2'
+    yield "  ended 2"
+    yield "fi"
+    yield f"export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={cluster.wait_s}"
+    yield "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token"
+    yield "RAY_AUTH_TOKEN=$(\"${python[@]}\" -c 'import secrets; print(secrets.token_hex(32))')"
+    yield "export RAY_AUTH_TOKEN config record"
+    yield "# What the command on the first node ended with: ray symmetric-run itself ends with 0 where Ray fails."
+    yield 'export said="$record/exit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
+    yield "on_first_node='"
+    yield '  export RAY_ADDRESS="$1"; shift'
+    work = _tail(_ray_command(cluster, job))
+    check = f'"$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(job)} && ' if cluster.preflight else ""
+    yield f'  {check}"$@" {work}'
+    yield '  code=$?; echo "$code" > "$said"; exit "$code"\''
+    yield (
+        'run_step srun --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" '
+        '"${python[@]}" -m ray.scripts.scripts symmetric-run --address "$address:$port" '
+        f"--min-nodes {nodes_of(cluster, job)} --num-cpus {of_node * cluster.cpus_per_worker} "
+        f"--num-gpus {of_node * job.gpus_per_worker} "
+        '-- bash -c "$on_first_node" bash "$address:$port" "${python[@]}"'
+    )
+    yield 'if [ -e "$said" ]; then'
+    yield '  code=$(cat "$said")'
+    yield 'elif [ "$code" -eq 0 ]; then'
+    yield f'  echo "error: Ray did not come up on all nodes within {cluster.wait_s} s (wait_s); see above" >&2'
+    yield "  code=1"
+    yield "fi"
+
+
+def _ray_command(cluster: SlurmCluster, job: Job) -> list[str]:
+    if job.trials:
+        return ["", "-m", "cluster.ray_tune", "$record/sweep.json", *_sizes(cluster, job)]
+    command = job.command("", config="$config", retries=cluster.retries)
+    if job.kind == "train":
+        command += ["--cpus-per-worker", str(cluster.cpus_per_worker)]
+        command += ["data.cache_dir=$scratch/cache"] if cluster.scratch else []
+    return command
+
+
+def _sizes(cluster: SlurmCluster, job: Job) -> list[str]:
+    return [
+        "--workers", str(job.workers), "--gpus-per-worker", str(job.gpus_per_worker),
+        "--cpus-per-worker", str(cluster.cpus_per_worker), "--retries", str(cluster.retries),
+    ]  # fmt: skip
+
+
+def _preflight_arguments(job: Job) -> str:
+    storage_of = shlex.quote(job.home.rpartition("/")[0])
+    place = '"$config"' if job.kind == "train" else f"--storage {storage_of}"
+    return f"{place} --workers {job.workers} --gpus-per-worker {job.gpus_per_worker}"
+
+
+def _tail(command: list[str]) -> str:
+    """A command without its python, quoted; shell variables of the script stay ones."""
+    return " ".join(f'"{part}"' if "$" in part and "'" not in part else shlex.quote(part) for part in command[1:])

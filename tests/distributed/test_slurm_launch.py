@@ -1,0 +1,121 @@
+"""A real Slurm takes a run through a signal, the queue and the end, with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.datasets import make_dataset
+from tests.support.processes import Finished, rddm, run_workers
+from tests.support.runs import TRAIN, write_config
+from tests.support.servers import wait_until
+from tests.support.slurm_cluster import GPU_PARTITION, SlurmCluster, why_not
+
+pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(280)]
+
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_dataset(tmp_path_factory.mktemp("data"), count=20, size=(40, 48))
+
+
+def cluster_file(folder: Path, **keys: object) -> Path:
+    path = folder / "slurm.yaml"
+    values = {
+        "kind": "slurm", "partition": "main", "python": sys.executable, "time": "10", "exclusive": False,
+        "preflight": False,
+        "env": {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump({**values, **keys}))
+    return path
+
+
+def events(run: Path, name: str) -> list[dict[str, object]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["event"] == name]
+
+
+def launch(slurm: SlurmCluster, config: Path, *arguments: str) -> Finished:
+    return rddm("launch", "slurm", str(config), *arguments, cwd=config.parent, env=slurm.env)
+
+
+def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bits(data: str, tmp_path: Path) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    calm = write_config(tmp_path / "undisturbed", data)
+    keys = [f"train.steps={STEPS}", "train.checkpoint_every=100"]
+    [result, _] = run_workers([*TRAIN, str(calm), *keys], 2, cwd=tmp_path)
+    assert result.code == 0, result.text
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    with SlurmCluster(tmp_path / "slurm", nodes=2) as slurm:
+        launched = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
+        assert launched.code == 0, launched.text
+        job = launched.stdout.split("slurm job ")[1].split(";")[0]
+        wait_until(lambda: len(events(run, "metrics")) > 20, timeout_s=90)
+        twice = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
+        assert twice.code == 2 and f"is running already (slurm job {job})" in twice.stderr
+        status = rddm("status", str(run), cwd=tmp_path, env=slurm.env)
+        assert f"slurm job {job}: running (on n[1-2])" in status.stdout, status.text
+        slurm.ask("scancel", "--batch", "--signal=USR1", job)
+        ended = slurm.wait(job, timeout_s=120)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), slurm.output(job)
+        status = rddm("status", str(run), cwd=tmp_path, env=slurm.env)
+        assert f"slurm job {job}: done, exit code 0 (COMPLETED, started again 1 time(s))" in status.stdout, status.text
+        printed = rddm("logs", str(run), cwd=tmp_path, env=slurm.env).stdout
+    [stopped, done] = events(run, "finished")
+    assert stopped["status"] == "stopped" and str(stopped["reason"]).startswith("preempted: the signal before")
+    [resumed] = events(run, "resumed")
+    assert resumed["step"] == stopped["step"] and resumed["world_size"] == 2
+    assert done["status"] == "done"
+    assert "stopped and resumable: queued again" in printed
+    undisturbed = tmp_path / "undisturbed" / "runs" / "tiny" / "model.safetensors"
+    assert (run / "model.safetensors").read_bytes()[-4096:] == undisturbed.read_bytes()[-4096:]
+
+
+def test_a_run_that_a_person_stopped_is_not_queued_again(data: str, tmp_path: Path) -> None:
+    config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
+    with SlurmCluster(tmp_path / "slurm", nodes=1) as slurm:
+        launched = launch(slurm, config, "train.steps=100000", "--cluster", str(cluster_file(tmp_path)))
+        assert launched.code == 0, launched.text
+        job = launched.stdout.split("slurm job ")[1].split(";")[0]
+        wait_until(lambda: bool(events(run, "metrics")), timeout_s=60)
+        stopped = rddm("stop", str(run), cwd=tmp_path, env=slurm.env)
+        assert stopped.code == 0 and "asked to save and stop" in stopped.stdout, stopped.text
+        ended = slurm.wait(job, timeout_s=60)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), slurm.output(job)
+        status = rddm("status", str(run), "--json", cwd=tmp_path, env=slurm.env)
+        job_state = json.loads(status.stdout)["job"]
+        assert (job_state["state"], job_state["exit_code"]) == ("stopped", 75)
+        # Launched again, it goes on where it was.
+        again = launch(slurm, config, "train.steps=100000", "--cluster", str(cluster_file(tmp_path)))
+        assert again.code == 0, again.text
+        job = again.stdout.split("slurm job ")[1].split(";")[0]
+        wait_until(lambda: len(events(run, "resumed")) == 1, timeout_s=60)
+        assert rddm("stop", str(run), "--now", cwd=tmp_path, env=slurm.env).code == 0
+        slurm.wait(job, timeout_s=60)
+
+
+BAD = {
+    "no-partition": ({"partition": "gone"}, (), "partition=gone does not exist; this Slurm has cpu-only, gpu, main"),
+    "nodes": ({}, ("--workers", "3"), "--workers 3 need 3 nodes (workers_per_node=1), partition main gives at most 2"),
+    "gpus-on-cpus": ({}, ("--gpus-per-worker", "1"), "partition main has no GPUs"),
+    "gpus": ({"partition": "gpu", "gpus_per_worker": 9}, (), "partition gpu has 8 GPUs a node"),
+    "time": ({"time": "2:00:00"}, (), "time=2:00:00 is more than partition main allows (60 minutes)"),
+    "signal": ({"time": "5"}, (), "signal_s=300 is not less than time=5"),
+}
+
+
+def test_what_slurm_can_never_give_is_said_before_anything_is_submitted(data: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, data)
+    with SlurmCluster(tmp_path / "slurm", nodes=2, settings=GPU_PARTITION) as slurm:
+        for keys, arguments, said in BAD.values():
+            refused = launch(slurm, config, "--cluster", str(cluster_file(tmp_path, **keys)), *arguments)
+            assert (refused.code, said in refused.stderr) == (2, True), refused.text
+            assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "runs").exists()
+        assert slurm.ask("squeue", "--noheader") == ""
