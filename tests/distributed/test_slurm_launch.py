@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from rddm_dist.model.weights import load_safetensors
 from tests.support.datasets import make_dataset
 from tests.support.processes import Finished, rddm, run_workers
 from tests.support.runs import TRAIN, write_config
@@ -17,7 +19,7 @@ from tests.support.slurm_cluster import GPU_PARTITION, SlurmCluster, why_not
 
 pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(280)]
 
-STEPS = 400
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def launch(slurm: SlurmCluster, config: Path, *arguments: str) -> Finished:
 def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bits(data: str, tmp_path: Path) -> None:
     (tmp_path / "undisturbed").mkdir()
     calm = write_config(tmp_path / "undisturbed", data)
-    keys = [f"train.steps={STEPS}", "train.checkpoint_every=100"]
+    keys = [f"train.steps={STEPS}", "train.checkpoint_every=50", "engine.threads=1"]
     [result, _] = run_workers([*TRAIN, str(calm), *keys], 2, cwd=tmp_path)
     assert result.code == 0, result.text
     config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
@@ -57,7 +59,7 @@ def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bit
         launched = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
         assert launched.code == 0, launched.text
         job = launched.stdout.split("slurm job ")[1].split(";")[0]
-        wait_until(lambda: len(events(run, "metrics")) > 20, timeout_s=90)
+        wait_until(lambda: len(events(run, "metrics")) > 5, timeout_s=90)
         twice = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
         assert twice.code == 2 and f"is running already (slurm job {job})" in twice.stderr
         status = rddm("status", str(run), cwd=tmp_path, env=slurm.env)
@@ -74,10 +76,13 @@ def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bit
     assert resumed["step"] == stopped["step"] and resumed["world_size"] == 2
     assert done["status"] == "done"
     assert "stopped and resumable: queued again" in printed
-    undisturbed = tmp_path / "undisturbed" / "runs" / "tiny" / "model.safetensors"
-    assert (run / "model.safetensors").read_bytes()[-4096:] == undisturbed.read_bytes()[-4096:]
+    weights = load_safetensors(run / "model.safetensors")[0]
+    undisturbed = load_safetensors(tmp_path / "undisturbed" / "runs" / "tiny" / "model.safetensors")[0]
+    assert weights.keys() == undisturbed.keys()
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_a_run_that_a_person_stopped_is_not_queued_again(data: str, tmp_path: Path) -> None:
     config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
     with SlurmCluster(tmp_path / "slurm", nodes=1) as slurm:
