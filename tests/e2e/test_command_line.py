@@ -32,6 +32,11 @@ COMMANDS = [
     "checkpoint ema",
     "register",
     "doctor data",
+    "doctor cluster",
+    "launch",
+    "status",
+    "logs",
+    "stop",
     "demo",
 ]
 
