@@ -41,8 +41,9 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 class Needs:
     """What a job needs of every node.
 
-    storage: folder or URL of run folders; datasets: their locations; cache_dir, cache_bytes: of the node's data cache,
-    0 bytes: none; tracking: the MLflow store, empty: none; fault: why the configuration cannot be read on this node.
+    storage: folder or URL of run folders; datasets: their locations; cache_dir: of the node's data cache, empty: the
+    system's temporary folder; cache_bytes: its size, 0: none; tracking: the MLflow store, empty: none; fault: why the
+    configuration cannot be read on this node.
     """
 
     storage: str = ""
@@ -89,7 +90,7 @@ def needs_of(config: Config) -> Needs:
     return Needs(
         storage=config.run.storage,
         datasets=tuple(dict.fromkeys((*data.uris, *([data.eval_uri] if data.eval_uri else [])))),
-        cache_dir=data.cache_dir or tempfile.gettempdir(),
+        cache_dir=data.cache_dir,
         cache_bytes=int(data.cache_gb * 1e9),
         tracking=tracking,
     )

@@ -41,11 +41,11 @@ TRACKING_ADVICE = "start the server, change tracking.uri, or train with tracking
 class GroupReport:
     """What the workers found together.
 
-    workers: that met; backend: of the all-reduce; all_reduce_s: seconds of one of ALL_REDUCE_BYTES, 0: not measured;
+    processes: that met; backend: of the all-reduce; all_reduce_s: seconds of one of ALL_REDUCE_BYTES, 0: not measured;
     fault: why it failed; tracking: the MLflow store as the first node sees it, None: the job has none.
     """
 
-    workers: int
+    processes: int
     backend: str = ""
     all_reduce_s: float = 0.0
     fault: str = ""
@@ -64,7 +64,7 @@ def examine(
     is_first = topology.rank == 0
     pool = ThreadPoolExecutor(1)
     try:
-        tracking = pool.submit(_look_at_tracking, needs.tracking) if is_first and needs.tracking else None
+        tracking = pool.submit(look_at_tracking, needs.tracking) if is_first and needs.tracking else None
         with comm.naming_losses(node_name()):
             tell("looking at each node: versions, devices, disks, data")
             report = None
@@ -168,7 +168,7 @@ def _measure(topology: Topology, *, on_gpu: bool) -> GroupReport:
     return replace(report, all_reduce_s=seconds, fault=next(filter(None, faults), ""))
 
 
-def _look_at_tracking(uri: str) -> Finding:
+def look_at_tracking(uri: str) -> Finding:
     """Whether MLflow's store answers; the file of an SQLite store that is not there yet is made by the first run."""
     if uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         return Finding("MLflow", f"{sqlite_path(uri)}, made by the first run")
@@ -177,13 +177,24 @@ def _look_at_tracking(uri: str) -> Finding:
     except TimeoutError:
         return Finding("MLflow", f"{uri} does not answer within {TRACKING_LIMIT_S:.0f} s", TRACKING_ADVICE)
     except Exception as error:  # whatever the client makes of it, the store cannot be used
-        return Finding("MLflow", f"{uri} cannot be used: {told(error)}", TRACKING_ADVICE)
+        return Finding("MLflow", f"{uri} cannot be used ({told(_root(error))})", TRACKING_ADVICE)
     return Finding("MLflow", f"{uri} answers")
+
+
+def _root(error: BaseException) -> BaseException:
+    """What happened on the way to a server, where an error tells; clients wrap it several times."""
+    found, link = error, error.__cause__ or error.__context__
+    while link is not None:
+        found = link if isinstance(link, OSError) else found
+        link = link.__cause__ or link.__context__
+    return found
 
 
 def judge(reports: Sequence[NodeReport]) -> list[Finding]:
     """What the reports of nodes mean: one line for each node that is fit, then what is wrong, then what all share."""
-    findings = [Finding(each.node, _describe(each)) for each in reports if not each.problems]
+    findings = [
+        Finding(each.node, _describe(each)) for each in reports if not any(found.is_problem for found in each.problems)
+    ]
     findings += _problems(reports)
     findings += _same_storage(reports)
     findings += _same_data(reports)
@@ -205,13 +216,13 @@ def judge_group(group: GroupReport) -> list[Finding]:
             )
         )
     elif group.all_reduce_s:
-        megabytes, workers = ALL_REDUCE_BYTES / 1e6, group.workers
+        megabytes, count = ALL_REDUCE_BYTES / 1e6, group.processes
         # Bytes that each link carries: what a ring all-reduce sends and receives, the figure to compare with its speed.
-        speed = 2 * (workers - 1) / workers * ALL_REDUCE_BYTES / group.all_reduce_s / 1e9
+        speed = 2 * (count - 1) / count * ALL_REDUCE_BYTES / group.all_reduce_s / 1e9
         findings.append(
             Finding(
                 "all-reduce",
-                f"{megabytes:.0f} MB over {workers} workers in {group.all_reduce_s * 1e3:.1f} ms by {group.backend}: "
+                f"{megabytes:.0f} MB over {count} processes in {group.all_reduce_s * 1e3:.1f} ms by {group.backend}: "
                 f"{speed:.2f} GB/s on each link",
             )
         )

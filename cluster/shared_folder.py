@@ -20,14 +20,15 @@ ADVICE = "mount one folder at that path on every node, writable for this user, o
 
 
 class SharedFolder:
-    """One node's side of it. ident: names the folder of the tokens, the same on all nodes; home: the storage.
+    """One node's side of it. ident: names the folder of the tokens, the same on all nodes; home: the storage;
+    patience_s: how long tokens of others may take to be seen here.
 
     The first node makes the folder before the others write, and cleans up after them: whatever was made for the tokens
     is then gone.
     """
 
-    def __init__(self, home: str, ident: str, rank: int) -> None:
-        self._home, self._ident, self._rank = home, ident, rank
+    def __init__(self, home: str, ident: str, rank: int, *, patience_s: float = PATIENCE_S) -> None:
+        self._home, self._ident, self._rank, self._patience_s = home, ident, rank, patience_s
         self._place = storage.join(home, f"{PREFIX}{ident}")
         self._made: list[Path] = []
         self._wrote = False
@@ -82,7 +83,7 @@ class SharedFolder:
         storage.write_bytes_atomic(self._name(self._rank), self._token(self._rank), retry=RETRY)
 
     def _missing(self, others: Sequence[tuple[int, str]]) -> list[str]:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         left = list(others)
         while True:
             left = [(rank, name) for rank, name in left if not self._is_there(rank)]

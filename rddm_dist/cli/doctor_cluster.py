@@ -19,6 +19,7 @@ from rddm_dist.log import quiet_frameworks
 if TYPE_CHECKING:
     from cluster.findings import Finding
     from cluster.node_report import Needs, NodeReport
+    from cluster.settings import ClusterSettings
 
 EPILOG = (
     "Example: rddm doctor cluster configs/train/derain.yaml --workers 8 --gpus-per-worker 1; before submitting: "
@@ -51,15 +52,26 @@ def doctor_cluster(
     """
     from cluster.preflight import judge, judge_group
     from cluster.ray_preflight import look_with_ray
+    from cluster.settings import load_cluster
 
-    needs = _needs(config, overrides or [], storage)
     findings: list[Finding] = []
     nodes: list[NodeReport] = []
     if cluster:
-        gpus_per_worker, found = _look_at_submission(
-            config, overrides or [], path=cluster, storage=storage, workers=max(1, workers), gpus=gpus_per_worker
+        settings = load_cluster(cluster)
+        gpus_per_worker = settings.gpus_per_worker if gpus_per_worker < 0 else gpus_per_worker
+        storage = storage or settings.storage
+        findings.append(
+            _look_at_submission(
+                config,
+                overrides or [],
+                settings,
+                path=cluster,
+                storage=storage,
+                workers=max(1, workers),
+                gpus=gpus_per_worker,
+            )
         )
-        findings.append(found)
+    needs = _needs(config, overrides or [], storage)
     if not cluster or os.environ.get("RAY_ADDRESS"):
         tell = (lambda text: None) if as_json else say
         nodes, group = look_with_ray(
@@ -95,16 +107,20 @@ def _absolute(storage: str) -> str:
 
 
 def _look_at_submission(
-    config: str, overrides: list[str], *, path: str, storage: str, workers: int, gpus: int
-) -> tuple[int, Finding]:
-    """What a submission to the cluster of that file finds out.   -> GPUs of a worker, the finding"""
+    config: str,
+    overrides: list[str],
+    settings: ClusterSettings,
+    *,
+    path: str,
+    storage: str,
+    workers: int,
+    gpus: int,
+) -> Finding:
+    """What a submission to the cluster of that file finds out."""
     from cluster.findings import Finding
     from cluster.launch import backend_of, make_plan
-    from cluster.settings import load_cluster
     from rddm_dist.cli.launch import make_job
 
-    settings = load_cluster(path)
-    gpus = settings.gpus_per_worker if gpus < 0 else gpus
     kind, arguments = ("train", [config, *overrides]) if config else ("evaluate", ["RUN", "--data", "DATA"])
     name = f"{settings.kind} submission"
     try:
@@ -114,8 +130,8 @@ def _look_at_submission(
         make_plan(job, settings)
         backend_of(settings).check(job)
     except RddmError as error:
-        return gpus, Finding(name, f"{path}: refused", str(error))
-    return gpus, Finding(name, f"{path}: {workers} worker(s) of {gpus} GPU(s) would be accepted")
+        return Finding(name, f"{path}: refused", str(error))
+    return Finding(name, f"{path}: {workers} worker(s) of {gpus} GPU(s) would be accepted")
 
 
 def main_of_workers() -> None:
