@@ -87,7 +87,9 @@ def backend_of(cluster: ClusterSettings) -> Backend:
 
         return RayJobs(cluster)
     assert isinstance(cluster, KubernetesCluster)
-    raise ConfigError("rddm launch kubernetes is not there yet; use ray against the cluster's dashboard, or slurm")
+    from cluster.kubernetes import Kubernetes
+
+    return Kubernetes(cluster)
 
 
 def make_plan(job: Job, cluster: ClusterSettings) -> Plan:

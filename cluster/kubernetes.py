@@ -1,0 +1,398 @@
+"""Kubernetes: jobs through kubectl, checked against the cluster before anything is submitted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cluster.kubernetes_manifest import CONTAINER, HEAD, MANIFEST_FILE, PYTHON, render
+from cluster.kubernetes_shape import Shape, object_name, shape_of
+from cluster.launch import ENDED, JobState
+from cluster.settings import KubernetesCluster
+from cluster.submission import Job, Record, Submitted, plan_record
+from data_pipeline import storage
+from data_pipeline.errors import ConfigError, EnvironmentFault
+from rddm_dist.training.stopping import STOPPED_FILE
+
+TIMEOUT_S = 60
+FOLLOW_S = 2.0
+RESUMABLE = 75
+DETAIL_CHARS = 200
+RAY_JOB, PLAIN_JOB = "rayjob", "job"  # keys of what finds a job again, and kinds as kubectl knows them
+OBJECTS = {RAY_JOB: "rayjob,configmap", PLAIN_JOB: "job,service,configmap"}
+RESOURCES = {RAY_JOB: "rayjobs.ray.io", PLAIN_JOB: "jobs.batch"}
+INSTANCE = "app.kubernetes.io/instance"
+INDEX = "batch.kubernetes.io/job-completion-index"
+DASHBOARD = "http://127.0.0.1:8265"
+STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError")
+UNREACHABLE = re.compile(r"was refused|unable to connect|no such host|i/o timeout|deadline exceeded|no route", re.I)
+
+
+class Forbidden(EnvironmentFault):
+    """The API server answers, and does not let us."""
+
+
+class Kubernetes:
+    """A namespace of a cluster that kubectl of this machine reaches."""
+
+    def __init__(self, settings: KubernetesCluster) -> None:
+        self._settings = settings
+
+    def check(self, job: Job) -> None:
+        """What the manifest names is there, and a launch of that name is not."""
+        settings, shape = self._settings, shape_of(self._settings, job)
+        kind, name = RAY_JOB if shape.is_ray else PLAIN_JOB, object_name(job, plan_record(job, settings))
+        self._check_namespace()
+        if self._ask("get", RESOURCES[kind], name, "--ignore-not-found", "--output=name"):
+            raise ConfigError(
+                f"{kind} {name} is in namespace {settings.namespace} already, from a launch whose record is gone or of "
+                f"another storage; kubectl delete {OBJECTS[kind]} {name} -n {settings.namespace}, or choose another "
+                "--run"
+            )
+        for resource, named, key in self._named():
+            if not self._exists(resource, named):
+                raise EnvironmentFault(
+                    f"{resource} {named} does not exist in namespace {settings.namespace}; create it, or change {key} "
+                    "of the cluster file"
+                )
+        self._check_volumes(shape)
+
+    def _check_namespace(self) -> None:
+        settings = self._settings
+        if not self._exists("namespace", settings.namespace):
+            raise EnvironmentFault(
+                f"namespace={settings.namespace} does not exist; create it, or change namespace of the cluster file"
+            )
+
+    def _named(self) -> Iterator[tuple[str, str, str]]:
+        """What has to be there besides volumes: (resource, name, key of the cluster file)."""
+        settings = self._settings
+        if settings.service_account:
+            yield "serviceaccount", settings.service_account, "service_account"
+        for key, names in (("secrets", settings.secrets), ("pull_secrets", settings.pull_secrets)):
+            for name in names:
+                yield "secret", name, key
+        if settings.auth_secret:
+            yield "secret", settings.auth_secret, "auth_secret"
+        if settings.priority_class:
+            yield "priorityclass", settings.priority_class, "priority_class"
+        if settings.queue:
+            yield "localqueues.kueue.x-k8s.io", settings.queue, "queue"
+
+    def _exists(self, resource: str, name: str) -> bool:
+        try:
+            return bool(self._ask("get", resource, name, "--ignore-not-found", "--output=name"))
+        except Forbidden:  # many may run jobs and not look at secrets, or at what belongs to no namespace
+            return True
+
+    def _check_volumes(self, shape: Shape) -> None:
+        settings = self._settings
+        for volume in settings.volumes:
+            said = self._ask("get", "persistentvolumeclaim", volume.claim, "--ignore-not-found", "--output=json")
+            if not said:
+                raise EnvironmentFault(
+                    f"persistentvolumeclaim {volume.claim} does not exist in namespace {settings.namespace}; create "
+                    "it, or change claim in volumes of the cluster file"
+                )
+            modes = json.loads(said)["spec"].get("accessModes", [])
+            needed = ["ReadWriteMany", *(["ReadOnlyMany"] if volume.read_only else [])]
+            if shape.pods + shape.is_ray > 1 and not set(modes) & set(needed):
+                raise ConfigError(
+                    f"volumes: claim={volume.claim} is {', '.join(modes)}, so pods on several nodes cannot have it; it "
+                    f"has to be {' or '.join(needed)}"
+                )
+
+    def files(self, job: Job, record: Record) -> dict[str, str]:
+        return {MANIFEST_FILE: render(self._settings, job, record)}
+
+    def command(self, job: Job, record: Record) -> list[str]:
+        context = ["--context", self._settings.context] if self._settings.context else []
+        return ["kubectl", *context, "apply", "-f", str(record.local / MANIFEST_FILE)]
+
+    def submit(self, job: Job, record: Record) -> dict[str, str]:
+        kind = RAY_JOB if shape_of(self._settings, job).is_ray else PLAIN_JOB
+        name, path = object_name(job, record), str(record.local / MANIFEST_FILE)
+        try:
+            self._ask("apply", "--filename", path)
+        except EnvironmentFault:
+            with contextlib.suppress(EnvironmentFault):  # what went wrong first is what there is to tell
+                self._ask("delete", "--filename", path, "--ignore-not-found", "--wait=false")
+            raise
+        context = self._settings.context or self._current_context()
+        return {kind: name, "namespace": self._settings.namespace, **({"context": context} if context else {})}
+
+    def _current_context(self) -> str:
+        """Written down, because the job stays where it is when somebody turns to another cluster."""
+        finished = _kubectl(["config", "current-context"])
+        return finished.stdout.strip() if finished.returncode == 0 else ""
+
+    def state(self, submitted: Submitted) -> JobState:
+        kind, name = _target(submitted)
+        said = self._ask("get", RESOURCES[kind], name, "--ignore-not-found", "--output=json", to=submitted)
+        if not said:
+            return JobState("gone", f"the cluster has no {kind} {name} any more")
+        found = json.loads(said)
+        state = rayjob_state(found) if kind == RAY_JOB else job_state(found, self._pods(submitted))
+        if state.word == "pending":
+            why = why_waiting(self._pods(submitted))
+            return JobState("pending", why or state.detail)
+        if state.word == "done" and _is_stopped(submitted):
+            return JobState("stopped", "by rddm stop")
+        return state
+
+    def logs(self, submitted: Submitted, *, follow: bool) -> Iterator[str]:
+        """What the driver prints, or the first pod of a plain Job; with follow through all starts."""
+        told: dict[str, int] = {}
+        while True:
+            # In this order: what a job that has ended printed before is there to be read.
+            state = self.state(submitted)
+            source = self._source(submitted)
+            if source is None and not follow:
+                raise EnvironmentFault(
+                    f"no pod of {_target(submitted)[1]} has anything to show ({state.word}"
+                    f"{f', {state.detail}' if state.detail else ''}); the run keeps logs of its own in "
+                    f"{storage.join(submitted.home, 'logs')}"
+                )
+            if source is not None:
+                name, command = source
+                skipped = told.get(name, 0)
+                for piece in _stream(self._command(command, submitted), may_break=follow):
+                    told[name] = told.get(name, 0) + len(piece) if skipped <= 0 else told[name]
+                    if skipped < len(piece):
+                        yield piece[max(0, skipped) :]
+                    skipped -= len(piece)
+            if not follow or state.word in ENDED:
+                return
+            time.sleep(FOLLOW_S)
+
+    def _source(self, submitted: Submitted) -> tuple[str, list[str]] | None:
+        """Where the output of the newest start is: (a name for it, arguments of kubectl that show it)."""
+        kind, name = _target(submitted)
+        pod = self._first_pod(submitted)
+        if pod is None:
+            return None
+        if kind == PLAIN_JOB:
+            return pod, ["logs", "--follow", pod, f"--container={CONTAINER}"]
+        said = self._ask("get", RESOURCES[kind], name, "--ignore-not-found", "--output=json", to=submitted)
+        status = json.loads(said).get("status", {}) if said else {}
+        if not status.get("jobStatus"):
+            return None
+        show = ["ray", "job", "logs", "--follow", "--address", DASHBOARD, status["jobId"]]
+        return f"{pod}/{status['jobId']}", ["exec", pod, f"--container={HEAD}", "--", *show]
+
+    def cancel(self, submitted: Submitted) -> None:
+        kind, name = _target(submitted)
+        self._ask("delete", OBJECTS[kind], name, "--ignore-not-found", "--wait=false", to=submitted)
+
+    def run_inside(self, submitted: Submitted, command: list[str]) -> None:
+        kind, name = _target(submitted)
+        pod = self._first_pod(submitted)
+        if pod is None:
+            raise EnvironmentFault(f"no pod of {name} runs now, so nothing can be told to it; try again when one does")
+        words = [PYTHON, "-m", "rddm_dist.cli.main", *command[1:]] if command[0] == "rddm" else command
+        container = HEAD if kind == RAY_JOB else CONTAINER
+        self._ask("exec", pod, f"--container={container}", "--", *words, to=submitted)
+
+    def _pods(self, submitted: Submitted) -> list[dict[str, Any]]:
+        """The pods of all starts, the newest last."""
+        selector = f"--selector={INSTANCE}={_target(submitted)[1]}"
+        pods = json.loads(self._ask("get", "pods", selector, "--output=json", to=submitted))["items"]
+        return sorted(pods, key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+
+    def _first_pod(self, submitted: Submitted) -> str | None:
+        """The newest head pod, or pod of index 0, that runs; else, of a plain Job, the newest that has run."""
+        pods = [pod for pod in self._pods(submitted) if is_first(pod)]
+        running = [pod for pod in pods if pod["status"].get("phase") == "Running"]
+        ended = [pod for pod in pods if pod["status"].get("phase") in ("Succeeded", "Failed")]
+        usable = running or (ended if _target(submitted)[0] == PLAIN_JOB else [])
+        return usable[-1]["metadata"]["name"] if usable else None
+
+    def _command(self, arguments: Sequence[str], submitted: Submitted | None) -> list[str]:
+        context = (submitted.ids.get("context") if submitted else "") or self._settings.context
+        namespace = submitted.ids["namespace"] if submitted else self._settings.namespace
+        return [*(["--context", context] if context else []), "--namespace", namespace, *arguments]
+
+    def _ask(self, *arguments: str, to: Submitted | None = None) -> str:
+        """Run kubectl.   -> what it prints. to: a submission, if the question is about one"""
+        command = self._command(arguments, to)
+        finished = _kubectl(command)
+        if finished.returncode:
+            raise explain(finished.stderr, shlex.join(["kubectl", *arguments[:3]]))
+        return finished.stdout
+
+
+def _kubectl(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    if shutil.which("kubectl") is None:
+        raise EnvironmentFault("kubectl is not installed here; install it, or submit from a machine that has it")
+    try:
+        return subprocess.run(
+            ["kubectl", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False, errors="replace"
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentFault(
+            f"{shlex.join(['kubectl', *arguments][:8])} has not answered within {TIMEOUT_S} s; is the API server busy?"
+        ) from error
+
+
+def _stream(arguments: Sequence[str], *, may_break: bool) -> Iterator[str]:
+    """What a command of kubectl prints, as it does. may_break: whether the pod may go away meanwhile."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            ["kubectl", *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            yield from process.stdout
+            code = process.wait()
+        finally:
+            process.kill()
+        errors.seek(0)
+        if code and not may_break:
+            raise explain(errors.read(), "kubectl logs")
+
+
+def explain(said: str, what: str) -> EnvironmentFault:
+    """An error of kubectl in one line, with what to do about it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    own = [line for line in lines if not re.match(r"[EWI]\d{4} |warning:", line, re.IGNORECASE)]
+    text = (own or lines or ["no word"])[-1].removeprefix("error: ").removeprefix("Error in configuration: ")
+    text = text.removesuffix(" - did you specify the right host or port?")[: 2 * DETAIL_CHARS].rstrip(". ")
+    if UNREACHABLE.search(text):
+        return EnvironmentFault(
+            f"no Kubernetes API server answers ({text}); see kubectl config get-contexts, and set context of the "
+            "cluster file"
+        )
+    if "context was not found" in text or "does not exist" in text and "context" in text:
+        return EnvironmentFault(f"{text}; change context of the cluster file (kubectl config get-contexts lists them)")
+    if "have a resource type" in text and "ray" in text:
+        return EnvironmentFault(
+            f"this cluster has no KubeRay ({text}); install its operator, or set form to torchrun in the cluster file"
+        )
+    if "have a resource type" in text:
+        return EnvironmentFault(f"this cluster does not know what the cluster file asks for ({text}); remove that key")
+    if re.search(r"\bforbidden\b", text, re.IGNORECASE):
+        return Forbidden(f"{what}: {text}; ask for that right, or change namespace or context of the cluster file")
+    if "Unauthorized" in text or "must be logged in" in text:
+        return EnvironmentFault(f"{what}: the cluster does not know who asks ({text}); log in to it again")
+    if "authOptions" in text:
+        return EnvironmentFault(f"KubeRay of this cluster is older than 1.5.1 ({text}); upgrade it")
+    return EnvironmentFault(f"{what}: {text}")
+
+
+def _target(submitted: Submitted) -> tuple[str, str]:
+    """The kind and the name of what was submitted."""
+    kind = RAY_JOB if RAY_JOB in submitted.ids else PLAIN_JOB
+    return kind, submitted.ids[kind]
+
+
+def _is_stopped(submitted: Submitted) -> bool:
+    """Whether a person stopped it, as far as can be seen here."""
+    if not storage.is_local(submitted.home):
+        return storage.exists(submitted.record.job_path(STOPPED_FILE))
+    return (submitted.record.local / STOPPED_FILE).exists()
+
+
+def is_first(pod: Mapping[str, Any]) -> bool:
+    """Whether a pod is the one to ask: a head of Ray, or index 0 of a Job."""
+    metadata = pod["metadata"]
+    labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
+    return labels.get("ray.io/node-type") == "head" or (annotations.get(INDEX) or labels.get(INDEX)) == "0"
+
+
+def rayjob_state(rayjob: Mapping[str, Any]) -> JobState:
+    """What KubeRay says of a RayJob."""
+    spec, status = rayjob.get("spec", {}), rayjob.get("status", {})
+    deployment, job = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
+    said = status.get("message", "")
+    if deployment == "ValidationFailed":
+        return JobState("failed", f"KubeRay refuses it: {said}"[:DETAIL_CHARS])
+    if deployment == "Failed" or (deployment == "Complete" and job == "FAILED"):
+        reason = status.get("reason", "")
+        return _ended(_exit_code(said), reason, _last_words(said))
+    if deployment == "Complete":
+        return JobState("done", exit_code=0) if job == "SUCCEEDED" else JobState("stopped", "ended by ray job stop")
+    failed, starts = status.get("failed", 0), spec.get("backoffLimit", 0) + 1
+    again = f"{failed} of {starts} starts have failed" if failed else ""
+    if deployment == "Running" and job == "RUNNING":
+        return JobState("running", again)
+    if spec.get("suspend") or deployment in ("Suspending", "Suspended"):
+        queue = rayjob.get("metadata", {}).get("labels", {}).get("kueue.x-k8s.io/queue-name", "")
+        return JobState("pending", f"suspended, waits in queue {queue}" if queue else "suspended")
+    cluster = status.get("rayClusterStatus", {})
+    wanted, ready = cluster.get("desiredWorkerReplicas"), cluster.get("readyWorkerReplicas", 0)
+    pods = f"{ready} of {wanted} worker pods are ready" if wanted else ""
+    return JobState("pending", "; ".join(text for text in (again, pods) if text))
+
+
+def job_state(job: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> JobState:
+    """What Kubernetes says of a plain Job. pods: of it, the newest last."""
+    spec, status = job.get("spec", {}), job.get("status", {})
+    conditions = {each["type"]: each for each in status.get("conditions", []) if each["status"] == "True"}
+    if "Complete" in conditions:
+        return JobState("done", exit_code=0)
+    if "Failed" in conditions:
+        failed = conditions["Failed"]
+        said = failed.get("message", "")
+        code = _exit_code(said)
+        return _ended(code if code is not None else _code_of_first(pods), failed.get("reason", ""), said)
+    if spec.get("suspend") or "Suspended" in conditions:
+        queue = job.get("metadata", {}).get("labels", {}).get("kueue.x-k8s.io/queue-name", "")
+        return JobState("pending", f"suspended, waits in queue {queue}" if queue else "suspended")
+    wanted, ready, lost = spec.get("completions", 1), status.get("ready", 0), status.get("failed", 0)
+    again = f"{lost} pods have failed" if lost else ""
+    if ready + status.get("succeeded", 0) >= wanted:
+        return JobState("running", again)
+    return JobState("pending", "; ".join(text for text in (again, f"{ready} of {wanted} pods are ready") if text))
+
+
+def why_waiting(pods: Sequence[Mapping[str, Any]]) -> str:
+    """Why pods do not run: no node takes them, their image cannot be had."""
+    for pod in pods:
+        name, status = pod["metadata"]["name"], pod.get("status", {})
+        if status.get("phase") != "Pending":
+            continue
+        for condition in status.get("conditions", []):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return f"pod {name}: {' '.join(condition.get('message', '').split())}"[:DETAIL_CHARS]
+        for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+            waiting = container.get("state", {}).get("waiting", {})
+            if waiting.get("reason") in STUCK:
+                return f"pod {name}: {waiting['reason']}: {' '.join(waiting.get('message', '').split())}"[:DETAIL_CHARS]
+    return ""
+
+
+def _ended(code: int | None, reason: str, said: str) -> JobState:
+    if code == RESUMABLE:
+        return JobState("stopped", "no starts are left; launch again to go on", code)
+    return JobState("failed", ": ".join(text for text in (reason, said) if text)[:DETAIL_CHARS], code)
+
+
+def _exit_code(message: str) -> int | None:
+    found = re.search(r"exit code (\d+)", message)
+    return int(found.group(1)) if found else None
+
+
+def _code_of_first(pods: Sequence[Mapping[str, Any]]) -> int | None:
+    """What the newest pod of index 0 ended with, if it is still there."""
+    for pod in reversed([pod for pod in pods if is_first(pod)]):
+        for container in pod.get("status", {}).get("containerStatuses", []):
+            if container["name"] == CONTAINER and "terminated" in container.get("state", {}):
+                return int(container["state"]["terminated"]["exitCode"])
+    return None
+
+
+def _last_words(message: str) -> str:
+    """What a job that failed says itself: its error line, else the last line of what Ray quotes."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or [""])[-1]
