@@ -145,7 +145,7 @@ def totals(row: Row, what: str, unit: str, factor: float = 1.0) -> Row:
 
 def network_shapes(dim: int) -> Shapes:
     """Parameters of the published pair of networks."""
-    return {name: tuple(p.shape) for name, p in build_net(dim, dim_mults=DIM_MULTS).named_parameters()}
+    return {name: tuple(p.shape) for name, p in build_net(dim=dim, dim_mults=DIM_MULTS).named_parameters()}
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def check_layout() -> None:
     """Raise EnvironmentFault where DeepSpeed cuts a network in another way than the ranks of this script."""
     for stage in (2, 3):
         for rank in CHECKED_RANKS:
-            net = build_net(CHECKED_DIM, dim_mults=DIM_MULTS)
+            net = build_net(dim=CHECKED_DIM, dim_mults=DIM_MULTS)
             shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
             expected = layout(shapes, stage=stage, rank=rank, world_size=LARGEST)
             if real_layout(net, stage=stage, rank=rank, world_size=LARGEST) != expected:
