@@ -80,7 +80,7 @@ def stop(
     """Save at the next step and stop (exit 75); a job that waits in a queue is taken out of it."""
     from cluster.launch import ENDED, backend_of
     from rddm_dist.training.standing import folder_at
-    from rddm_dist.training.stopping import LAUNCHES, PREEMPTED, STOPPED_FILE, request_stop
+    from rddm_dist.training.stopping import PREEMPTED, end_launch, request_stop
 
     if preempted:
         request_stop(folder_at(run), f"{PREEMPTED}{preempted}")
@@ -97,9 +97,7 @@ def stop(
     reason = f"stopped by {getpass.getuser()}"
     if submitted.record.is_shared:
         for home in _homes(submitted):
-            folder = folder_at(home)
-            folder.write(f"{LAUNCHES}/{submitted.record.number}/{STOPPED_FILE}", reason.encode())
-            request_stop(folder, reason)
+            end_launch(folder_at(home), submitted.record.number, reason)
     elif state.word == "running":
         backend.run_inside(submitted, ["rddm", "stop", submitted.home])
     if state.word == "pending" or now:

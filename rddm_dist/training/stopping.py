@@ -13,6 +13,7 @@ import threading
 import time
 from types import FrameType
 
+from data_pipeline import storage
 from rddm_dist.config import TrainSection
 from rddm_dist.training.folder import RunFolder, try_sending
 
@@ -102,6 +103,13 @@ def request_stop(folder: RunFolder, reason: str = "") -> None:
 def clear_request(folder: RunFolder) -> None:
     """Forget an earlier request: a run that starts means to run."""
     folder.remove(REQUEST_FILE)
+
+
+def end_launch(folder: RunFolder, number: str, reason: str) -> None:
+    """Ask a run to stop, and its launcher not to start it again in this submission. The run need not have begun."""
+    storage.make_folder(folder.uri(f"{LAUNCHES}/{number}"))
+    folder.write(f"{LAUNCHES}/{number}/{STOPPED_FILE}", reason.encode())
+    request_stop(folder, reason)
 
 
 def stopped_for_good(folder: RunFolder) -> bool:
