@@ -181,7 +181,8 @@ def _call_the_roll(
         verdict = _who_is_missing(store, topology.world_size, absent, wait_s=wait_s) if absent else "complete"
         store.set("verdict", verdict)
         deadline = time.monotonic() + LAST_WORDS_S
-        while absent and store.add("heard", 0) < topology.world_size - 1 - len(absent) and time.monotonic() < deadline:
+        # Whatever it does next, this process may end at once, and the store with it: all must have heard before.
+        while store.add("heard", 0) < topology.world_size - 1 - len(absent) and time.monotonic() < deadline:
             time.sleep(ROLL_CALL_S)
     if verdict != "complete":
         fault = EnvironmentFault(verdict)
