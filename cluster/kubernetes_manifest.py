@@ -200,6 +200,8 @@ def _auth(settings: KubernetesCluster) -> Manifest:
 
 def _head(settings: KubernetesCluster, job: Job, record: Record, shape: Shape) -> Manifest:
     container = _container(settings, HEAD, settings.head, gpus=0)
+    # Nothing is cached where nothing is read; a node for heads need not have that disk.
+    container["resources"]["requests"].pop("ephemeral-storage", None)
     container["ports"] = [{"name": "gcs-server", "containerPort": 6379}, {"name": "dashboard", "containerPort": 8265}]
     container["env"] = _env(settings, record, _ray_env(settings))
     spec = _pod_spec(settings, job, record, container)

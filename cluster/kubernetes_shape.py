@@ -61,7 +61,7 @@ def _check_pods(settings: KubernetesCluster, job: Job, shape: Shape) -> None:
             f"worker.cpus={worker.cpus} is too few for {shape.workers} workers of cpus_per_worker="
             f"{settings.cpus_per_worker}; raise it, or lower worker.workers"
         )
-    for name, pod in (("worker", worker), ("head", settings.head)):
+    for name, pod in (("worker", worker), *([("head", settings.head)] if shape.is_ray else [])):
         if amount(settings.shared_memory) >= amount(pod.memory):
             raise ConfigError(
                 f"shared_memory={settings.shared_memory} leaves nothing of {name}.memory={pod.memory}, of which it is "
