@@ -1,8 +1,9 @@
 """A real Slurm on this host: its own munged, slurmctld and one slurmd per node, with nothing of the machine changed.
 
-Each slurmd runs in a mount and a host name namespace of its own, with an /etc/hosts that knows every node: as on a real
-cluster, `hostname` says the node's name and the names that `scontrol show hostnames` prints resolve (to 127.0.0.2, .3,
-...). Disk, ports and processes are the host's own: programs that tell nodes apart by their interfaces see one machine.
+Each slurmd runs in mount, host name and process namespaces of its own, with an /etc/hosts that knows every node: as on
+a real cluster, `hostname` says the node's name, the names that `scontrol show hostnames` prints resolve (to 127.0.0.2,
+.3, ...), and jobs see the processes and Ray files (/tmp/ray) of their node alone. Disk and ports are the host's own:
+programs that tell nodes apart by their interfaces see one machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -34,8 +35,17 @@ KILL_WAIT_S = 30  # Slurm's own default: from SIGTERM at the time limit to SIGKI
 NODE_STATES = ("sinfo", "--noheader", "--Node", "--format=%N %T")
 UNSHARE = ("unshare", "--propagation", "private", "--mount")
 
-# Run in the namespaces of a node: take its name, see its /etc/hosts, become slurmd.
-ENTER_NODE = 'echo "$1" > /proc/sys/kernel/hostname && mount --bind "$2" /etc/hosts && exec slurmd -D -N "$1"'
+NODE = ("--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+# Run in the namespaces of a node: take its name, see its /etc/hosts and its own /tmp/ray, start slurmd and be the
+# node's first process, which takes in orphans. The other arguments are folders that the node finds empty.
+ENTER_NODE = """
+name=$1 folder=$2; shift 2
+echo "$name" > /proc/sys/kernel/hostname && mount --bind "$folder/hosts" /etc/hosts || exit 1
+mkdir -p /tmp/ray && mount -t tmpfs -o mode=1777 ray /tmp/ray || exit 1
+for hidden; do mount -t tmpfs hidden "$hidden" || exit 1; done
+slurmd -D -N "$name" & wait $!
+"""
 
 CONFIGURATION = """\
 ClusterName=test
@@ -89,7 +99,7 @@ def why_not() -> str:
         return f"{', '.join(missing)} not found; run: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
         return "only root can start a Slurm of several nodes on one host"
-    probe = subprocess.run([*UNSHARE, "--uts", "true"], capture_output=True, text=True, timeout=10)
+    probe = subprocess.run([*UNSHARE, *NODE, "true"], capture_output=True, text=True, timeout=10)
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else ""
 
 
@@ -97,15 +107,24 @@ class SlurmCluster:
     """Nodes n1, n2, ... of `cpus` CPUs each, in the partitions `main` (60 minutes at most) and `cpu-only` (1 node, 30).
 
     `env` leads Slurm's commands to it. The folder `logs` keeps slurm.conf and the daemons' logs. `settings` are lines
-    for the end of slurm.conf, where the last value of a key counts.
+    for the end of slurm.conf, where the last value of a key counts. `hidden`: folder by node that the node finds empty,
+    as if it had not been mounted there.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2, settings: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 2,
+        cpus: int = 2,
+        settings: str = "",
+        hidden: Mapping[str, Path] | None = None,
+    ) -> None:
         self.folder = folder
         self.logs = folder / "slurm"
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.cpus = cpus
         self.settings = settings
+        self.hidden = hidden or {}
         self.env = {"SLURM_CONF": str(self.logs / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
         # The mount namespaces of the daemons: a process keeps its own, so they tell what is the cluster's, however
@@ -220,11 +239,10 @@ class SlurmCluster:
             self._check_start([munged], deadline)
 
     def _start_slurm(self) -> None:
-        hosts = str(self._run / "hosts")
-        daemons = [
-            self._start("slurmctld", ["slurmctld", "-D"]),
-            *(self._start(name, ["--uts", "sh", "-c", ENTER_NODE, "sh", name, hosts]) for name in self.names),
-        ]
+        daemons = [self._start("slurmctld", ["slurmctld", "-D"])]
+        for name in self.names:
+            hidden = [str(self.hidden[name])] if name in self.hidden else []
+            daemons.append(self._start(name, [*NODE, "sh", "-c", ENTER_NODE, "sh", name, str(self._run), *hidden]))
         deadline = time.monotonic() + START_TIMEOUT_S
         wanted = {f"{name} idle" for name in self.names}
         while not wanted <= {line.strip() for line in self.command(*NODE_STATES).stdout.splitlines()}:
