@@ -70,6 +70,7 @@ from rddm_dist.tracking.journal import Journal
 from rddm_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
 from rddm_dist.training import checkpoint as ckpt
 from rddm_dist.training.folder import JOURNAL_FILE, RunFolder
+from rddm_dist.training.fragments import Fragments
 from rddm_dist.training.ownership import BEAT_S, take
 from rddm_dist.training.plan import make_plan
 from rddm_dist.training.prepare import look_again, prepare, write_identity
@@ -254,13 +255,17 @@ class Loading:
     own_bytes: int
 
 
-def load_as(checkpoint: ckpt.Checkpoint, extents: list[Extent], reads: FileReads) -> Loading:
+def load_as(checkpoint: ckpt.Checkpoint, extents: list[Extent], reads: FileReads, *, readers: int) -> Loading:
+    """As one of `readers` ranks: it reads its share of the index, and is sent those of the others."""
+    others = [pickle.dumps(checkpoint.read_index(share=(rank, readers))) for rank in range(1, readers)]
     gc.collect()
     before, started = memory_mb("VmRSS"), perf_counter()
     reads.start()
-    fragments = checkpoint.open()
-    index_s = perf_counter() - started
+    share = checkpoint.read_index(share=(0, readers))
     opened, index_bytes = reads.stop()
+    index = {uri: entries for each in [share, *map(pickle.loads, others)] for uri, entries in each.items()}
+    fragments = Fragments(index)
+    index_s = perf_counter() - started
     index_mb = memory_mb("VmRSS") - before
     wanted = requests_of(extents)
     reads.start()
@@ -276,11 +281,13 @@ def reading_rows(folder: Path, weights: dict[str, Tensor], shapes: Shapes, *, st
     for world in WORLDS:
         uri = save_as_all(str(folder), weights, shapes, stage=stage, world_size=world, timeline=Timeline(perf_counter))
         checkpoint = ckpt.read_commit(uri)
-        same.append(load_as(checkpoint, middle_layout(shapes, stage, world), reads))
+        same.append(load_as(checkpoint, middle_layout(shapes, stage, world), reads, readers=world))
         shares.append(busiest_share(checkpoint, world))
         if world == LARGEST:
-            resized = [load_as(checkpoint, middle_layout(shapes, stage, reader), reads) for reader in WORLDS]
-            other = [load_as(checkpoint, middle_layout(shapes, 5 - stage, reader), reads) for reader in WORLDS]
+            resized, other = (
+                [load_as(checkpoint, middle_layout(shapes, to, each), reads, readers=each) for each in WORLDS]
+                for to in (stage, 5 - stage)
+            )
         shutil.rmtree(folder)
     at = f"ZeRO {stage}"
     yield Row("files", f"{at}: files a rank opens to load", "files", [float(each.files) for each in same])
@@ -304,7 +311,7 @@ def middle_layout(shapes: Shapes, stage: int, world_size: int) -> list[Extent]:
 
 def busiest_share(checkpoint: ckpt.Checkpoint, world_size: int) -> float:
     """How uneven `verify` is shared: the files of each rank as find_newest_together hands them out."""
-    sizes = [size for size, _ in checkpoint.files.values()]
+    sizes = sorted((size for size, _ in checkpoint.files.values()), reverse=True)
     shares = [sum(sizes[rank::world_size]) for rank in range(world_size)]
     return max(shares) / (sum(shares) / world_size)
 
@@ -370,7 +377,7 @@ def object_rows(requests: Requests) -> Iterable[Row]:
         requests.take()
         found = next(ckpt.iter_committed(folder, lambda problem: None))
         searches.append(float(requests.take()))
-        found.open()
+        found.read_index(share=(0, world))
         indexes.append(float(requests.take()))
         ckpt.remove(uri)
         removals.append(float(requests.take()))
@@ -394,15 +401,12 @@ def measure_group(options: argparse.Namespace) -> Iterable[Row]:
     yield Row("group", "hops of the step's collective (gloo's ring)", "hops", hops, list(WORLDS))
     shapes = network_shapes(options.dim)
     weights = {name: torch.zeros(math.prod(shape)) for name, shape in shapes.items()}
-    for stage in (0, 2):
-        sizes = []
-        for world in WORLDS:
-            # At stage 0 every rank holds everything, not only the one that writes.
-            extents = layout(shapes, stage=stage, rank=0, world_size=world)
-            pieces, _ = held(weights, extents)
-            sent = pickle.dumps([(piece.name, piece.start, piece.weight.clone()) for piece in pieces])
-            sizes.append(world * len(sent) / GB)
-        yield Row("group", f"gathered by rank 0 for a preview or export, ZeRO {stage}", "GB", sizes, list(WORLDS[1:]))
+    sizes = []
+    for world in WORLDS:
+        pieces, _ = held(weights, layout(shapes, stage=2, rank=0, world_size=world))
+        sent = pickle.dumps([(piece.name, piece.start, piece.weight.clone()) for piece in pieces])
+        sizes.append(world * len(sent) / GB)
+    yield Row("group", "gathered by rank 0 for a preview or export, ZeRO 2", "GB", sizes, list(WORLDS[1:]))
 
 
 def sockets_of_a_group(world_size: int) -> float:

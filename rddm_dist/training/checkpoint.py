@@ -30,7 +30,7 @@ from data_pipeline.retry import DEFAULT_RETRY, RetryPolicy, one_line
 from rddm_dist import comm
 from rddm_dist.training.ema import Ema
 from rddm_dist.training.engine import Engine, Piece
-from rddm_dist.training.fragments import Fragments, Key, Request
+from rddm_dist.training.fragments import Fragments, Index, Key, Request, read_index
 from rddm_dist.training.selection import Selection, parse_selection
 
 log = logging.getLogger(__name__)
@@ -87,14 +87,20 @@ class Checkpoint:
 
     def open(self, *, retry: RetryPolicy = DEFAULT_RETRY) -> Fragments:
         """The tensors, by ranges."""
+        return Fragments(self.read_index(retry=retry), retry=retry)
+
+    def read_index(self, *, share: tuple[int, int] = (0, 1), retry: RetryPolicy = DEFAULT_RETRY) -> Index:
+        """What stands where in the files.   share: (i, n) looks at the i-th of n parts of them"""
         names = [name for name in self.files if name.endswith(".safetensors")]
-        return Fragments([storage.join(self.uri, name) for name in names], retry=retry)
+        with _naming(self.uri):
+            return read_index([storage.join(self.uri, name) for name in names[share[0] :: share[1]]], retry=retry)
 
     def read_full(self, kind: str, *, retry: RetryPolicy = DEFAULT_RETRY) -> dict[str, Tensor]:
         """Whole tensors of one kind by name, float32. Raises ModelError where some are missing."""
         full = {name: torch.empty(shape, dtype=torch.float32) for name, shape in self.shapes.items()}
+        fragments = self.open(retry=retry)
         with _naming(self.uri):
-            self.open(retry=retry).fill(Request(value.view(-1), kind, name, 0) for name, value in full.items())
+            fragments.fill(Request(value.view(-1), kind, name, 0) for name, value in full.items())
         return full
 
 
@@ -206,7 +212,8 @@ def verify(checkpoint: Checkpoint, *, share: tuple[int, int] = (0, 1), retry: Re
 
     share: (i, n) looks at the i-th of n parts of the files.
     """
-    for name, (size, digest) in list(checkpoint.files.items())[share[0] :: share[1]]:
+    largest_first = sorted(checkpoint.files.items(), key=lambda item: -item[1][0])  # so that shares are of equal size
+    for name, (size, digest) in largest_first[share[0] :: share[1]]:
         uri = storage.join(checkpoint.uri, name)
         told = f"checkpoint {checkpoint.uri} is damaged: "
         try:
@@ -348,29 +355,31 @@ def _naming(uri: str) -> Iterator[None]:
 def load_checkpoint(checkpoint: Checkpoint, engine: Engine, ema: Ema, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
     """Fill the engine's pieces and the averages from a verified checkpoint of any world size and stage.
 
-    All ranks call it, and fail together.
+    All ranks call it, and fail together. Each reads a share of the index for all: were it every rank that of every
+    rank's file, requests would grow with the square of the ranks.
     """
     with comm.together():
-        _read_state(checkpoint, engine, ema, retry)
-    engine.publish_weights()
-
-
-def _read_state(checkpoint: Checkpoint, engine: Engine, ema: Ema, retry: RetryPolicy) -> None:
-    if checkpoint.shapes != engine.shapes:
-        raise ModelError(f"checkpoint {checkpoint.uri} belongs to a network with other parameters")
-    with _naming(checkpoint.uri), torch.no_grad():
-        checkpoint.open(retry=retry).fill(
+        if checkpoint.shapes != engine.shapes:
+            raise ModelError(f"checkpoint {checkpoint.uri} belongs to a network with other parameters")
+        share = checkpoint.read_index(share=(comm.rank(), comm.world_size()), retry=retry)
+    index = {uri: entries for each in comm.exchange_object(share) for uri, entries in each.items()}
+    with comm.together(), _naming(checkpoint.uri), torch.no_grad():
+        Fragments(index, retry=retry).fill(
             Request(tensor, key.kind, key.parameter, key.start) for key, tensor in sources(engine.pieces, ema)
         )
-    engine.optimizer_step = checkpoint.progress.optimizer_step
-    engine.loss_scaler = dict(checkpoint.progress.loss_scaler)
+        engine.optimizer_step = checkpoint.progress.optimizer_step
+        engine.loss_scaler = dict(checkpoint.progress.loss_scaler)
+    engine.publish_weights()
 
 
 def gather_full(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Assemble whole fp32 tensors on rank 0 from every rank's pieces; None elsewhere. All ranks call it."""
     # Copies, because a view would be sent with all of the storage that it looks into.
     mine = [(piece.name, piece.start, piece.weight.detach().cpu().clone()) for piece in pieces]
-    parts = comm.gather_object(mine)
+    num_elements = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
+    # At ZeRO stage 0 every rank holds everything.
+    is_whole = comm.broadcast_object(sum(values.numel() for _, _, values in mine) == num_elements)
+    parts = ([mine] if comm.rank() == 0 else None) if is_whole else comm.gather_object(mine)
     if parts is None:
         return None
     full = {name: torch.empty(int(torch.Size(shape).numel())) for name, shape in shapes.items()}

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,7 +46,7 @@ class Key(NamedTuple):
 def parse_key(text: str) -> Key:
     kind, _, rest = text.partition("/")
     parameter, _, start = rest.rpartition("@")
-    return Key(kind, parameter, int(start))
+    return Key(sys.intern(kind), sys.intern(parameter), int(start))  # one string each, however many files name it
 
 
 class Snapshot:
@@ -133,18 +134,34 @@ class _Part(NamedTuple):
     target: Tensor
 
 
+class Entry(NamedTuple):
+    """A tensor of a file: what it is, its elements and its first byte in the file."""
+
+    key: Key
+    numel: int
+    offset: int
+
+
+Index = Mapping[str, Sequence[Entry]]  # by file
+
+
+def read_index(uris: Iterable[str], *, retry: RetryPolicy = DEFAULT_RETRY) -> Index:
+    """What the headers of files say. Raises ModelError where one is none of ours."""
+    return {uri: _read_header(uri, retry) for uri in uris}
+
+
 class Fragments:
     """The rank files of one checkpoint as a whole: ranges of parameters, wherever they stand.
 
-    Raises ModelError where a file is none of ours, or two of them hold the same elements.
+    Raises ModelError where two files hold the same elements.
     """
 
-    def __init__(self, uris: Iterable[str], *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    def __init__(self, index: Index, *, retry: RetryPolicy = DEFAULT_RETRY) -> None:
         self._retry = retry
         self._spans: dict[tuple[str, str], list[_Span]] = {}
-        for uri in uris:
-            for key, numel, offset in _read_header(uri, retry):
-                self._spans.setdefault((key.kind, key.parameter), []).append(_Span(key.start, numel, uri, offset))
+        for uri, entries in index.items():
+            for (kind, parameter, start), numel, offset in entries:
+                self._spans.setdefault((kind, parameter), []).append(_Span(start, numel, uri, offset))
         for (kind, parameter), spans in self._spans.items():
             spans.sort()
             for one, other in pairwise(spans):
@@ -193,8 +210,7 @@ class Fragments:
             target.copy_(torch.frombuffer(data, dtype=torch.float32, offset=low - first, count=(high - low) // 4))
 
 
-def _read_header(uri: str, retry: RetryPolicy) -> list[tuple[Key, int, int]]:
-    """(what, elements, first byte in the file) of every tensor. ModelError for what is no file of ours."""
+def _read_header(uri: str, retry: RetryPolicy) -> list[Entry]:
     try:
         (length,) = struct.unpack("<Q", _read_range(uri, 0, 8, retry))
         room = storage.size(uri, retry=retry) - 8 - length
@@ -221,7 +237,7 @@ def _read_header(uri: str, retry: RetryPolicy) -> list[tuple[Key, int, int]]:
         struct.error,
     ) as error:
         raise ModelError(f"{uri} is no file of a checkpoint: {error}") from error
-    return [(key, numel, 8 + length + low) for key, numel, low, _ in found]
+    return [Entry(key, numel, 8 + length + low) for key, numel, low, _ in found]
 
 
 def _parse_entry(name: str, entry: dict[str, Any]) -> tuple[Key, int, int]:

@@ -15,7 +15,7 @@ import torch
 
 from data_pipeline.errors import EnvironmentFault, ModelError
 from rddm_dist.training import checkpoint as ckpt
-from rddm_dist.training.fragments import Fragments, Key, Request, Snapshot
+from rddm_dist.training.fragments import Fragments, Key, Request, Snapshot, read_index
 from rddm_dist.training.retention import Retention, sweep
 
 SHAPES = {"a": (3, 4), "b": (10,)}
@@ -333,7 +333,7 @@ def test_a_hostile_file_is_refused_in_one_line(tmp_path: Path, content: bytes) -
     path = tmp_path / "rank-00000.safetensors"
     path.write_bytes(content)
     with pytest.raises(ModelError, match="rank-00000.safetensors") as caught:
-        Fragments([str(path)])
+        Fragments(read_index([str(path)]))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -343,7 +343,7 @@ def test_a_good_file_made_the_same_way_is_read(tmp_path: Path) -> None:
         file_of({"__metadata__": {}, "weight/a@0": tensor(), "weight/a@4": tensor(16, 32)}, data=bytes(range(64)))
     )
     target = torch.empty(6)
-    Fragments([str(path)]).fill([Request(target, "weight", "a", 1)])
+    Fragments(read_index([str(path)])).fill([Request(target, "weight", "a", 1)])
     assert target.numpy().tobytes() == bytes(range(4, 28))
 
 
@@ -353,14 +353,14 @@ def test_a_header_that_fills_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(2**40)  # takes no room
     with pytest.raises(ModelError, match="its header has"):
-        Fragments([str(path)])
+        Fragments(read_index([str(path)]))
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "absent", tmp_path, tmp_path / "file" / "inside"):
         with pytest.raises(ModelError, match=str(path)):
-            Fragments([str(path)])
+            Fragments(read_index([str(path)]))
 
 
 def test_two_files_that_hold_the_same_elements_are_refused(tmp_path: Path) -> None:
@@ -368,12 +368,12 @@ def test_two_files_that_hold_the_same_elements_are_refused(tmp_path: Path) -> No
     for name in ("x", "y"):
         (tmp_path / name).write_bytes(file_of({"weight/a@0": tensor()}))
     with pytest.raises(ModelError, match="holds elements of weight a that .*/x holds as well"):
-        Fragments([str(tmp_path / "x"), str(tmp_path / "y")])
+        Fragments(read_index([str(tmp_path / "x"), str(tmp_path / "y")]))
 
 
 def test_missing_elements_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(file_of({"weight/a@0": tensor(), "weight/a@6": tensor(16, 32)}))
-    fragments = Fragments([str(tmp_path / "x")])
+    fragments = Fragments(read_index([str(tmp_path / "x")]))
     for kind, name, start, numel in (
         ("weight", "a", 3, 4),
         ("weight", "a", 8, 4),
