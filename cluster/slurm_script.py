@@ -103,6 +103,7 @@ def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> I
         yield "address=$(hostname -I | awk '{print $1}')"
     yield "address=${address:-127.0.0.1}  # of this node, the first of the job"
     yield f"port=$(({cluster.port} + SLURM_JOB_ID % {PORTS}))"
+    yield 'while (: < "/dev/tcp/$address/$port") 2> /dev/null; do port=$((port + 1)); done  # somebody listens there'
     yield f"python=({shlex.join(_python(cluster, job))})"
     if cluster.form == "ray" and cluster.container is None and "/" in cluster.python:
         yield "# ray symmetric-run looks for ray there."
@@ -200,9 +201,9 @@ def _torchrun(cluster: SlurmCluster, job: Job) -> Iterator[str]:
 def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     of_node = min(job.workers, cluster.workers_per_node)
     yield "# Ray processes of this user would be taken for ours, and be stopped at the end."
-    yield ('stray=$(srun "${srun_options[@]}" bash -c \'pgrep -u "$(id -u)" -x raylet > /dev/null && hostname; true\')')
+    yield 'stray=$(srun "${srun_options[@]}" bash -c \'pgrep -u "$(id -u)" -x raylet > /dev/null && hostname; true\')'
     yield 'if [ -n "$stray" ]; then'
-    yield '  echo "error: Ray runs already on" $stray "; run ray stop there, or exclude these nodes" >&2'
+    yield '  echo "error: Ray runs already on" $stray "(of $(id -un)); run ray stop there, or exclude it" >&2'
     yield "  ended 2"
     yield "fi"
     yield f"export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={cluster.wait_s}"
@@ -214,27 +215,27 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield "on_first_node='"
     yield '  export RAY_ADDRESS="$1"; shift'
     work = _tail(_ray_command(cluster, job))
-    check = f'"$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(job)} && ' if cluster.preflight else ""
-    yield f'  {check}"$@" {work}'
+    if cluster.preflight:
+        yield f'  "$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(cluster, job)} &&'
+    yield f'  "$@" {work}'
     yield '  code=$?; echo "$code" > "$said"; exit "$code"\''
-    yield (
-        'run_step srun --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" '
-        '"${python[@]}" -m ray.scripts.scripts symmetric-run --address "$address:$port" '
-        f"--min-nodes {nodes_of(cluster, job)} --num-cpus {of_node * cluster.cpus_per_worker} "
-        f"--num-gpus {of_node * job.gpus_per_worker} "
-        '-- bash -c "$on_first_node" bash "$address:$port" "${python[@]}"'
-    )
+    yield "with_ray() {  # without the long lines that ray stop has for each process"
+    yield '  srun --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" \\'
+    yield '    "${python[@]}" -m ray.scripts.scripts symmetric-run --address "$address:$port" \\'
+    yield f"    --min-nodes {nodes_of(cluster, job)} --include-dashboard=false \\"
+    yield f"    --num-cpus {of_node * cluster.cpus_per_worker} --num-gpus {of_node * job.gpus_per_worker} \\"
+    yield '    -- "$@" 2>&1 | { grep --line-buffered -v " VINFO " || true; }'
+    yield "}"
+    yield 'run_step with_ray bash -c "$on_first_node" bash "$address:$port" "${python[@]}"'
     yield 'if [ -e "$said" ]; then'
     yield '  code=$(cat "$said")'
     yield 'elif [ "$code" -eq 0 ]; then'
-    yield f'  echo "error: Ray did not come up on all nodes within {cluster.wait_s} s (wait_s); see above" >&2'
+    yield f'  echo "error: Ray did not come up on all nodes (they have wait_s={cluster.wait_s} s); see above" >&2'
     yield "  code=1"
     yield "fi"
 
 
 def _ray_command(cluster: SlurmCluster, job: Job) -> list[str]:
-    if job.trials:
-        return ["", "-m", "cluster.ray_tune", "$record/sweep.json", *_sizes(cluster, job)]
     command = job.command("", config="$config", retries=cluster.retries)
     if job.kind == "train":
         command += ["--cpus-per-worker", str(cluster.cpus_per_worker)]
@@ -242,17 +243,12 @@ def _ray_command(cluster: SlurmCluster, job: Job) -> list[str]:
     return command
 
 
-def _sizes(cluster: SlurmCluster, job: Job) -> list[str]:
-    return [
-        "--workers", str(job.workers), "--gpus-per-worker", str(job.gpus_per_worker),
-        "--cpus-per-worker", str(cluster.cpus_per_worker), "--retries", str(cluster.retries),
-    ]  # fmt: skip
-
-
-def _preflight_arguments(job: Job) -> str:
+def _preflight_arguments(cluster: SlurmCluster, job: Job) -> str:
     storage_of = shlex.quote(job.home.rpartition("/")[0])
     place = '"$config"' if job.kind == "train" else f"--storage {storage_of}"
-    return f"{place} --workers {job.workers} --gpus-per-worker {job.gpus_per_worker}"
+    sizes = (("workers", job.workers), ("gpus-per-worker", job.gpus_per_worker))
+    sizes += (("cpus-per-worker", cluster.cpus_per_worker),)
+    return " ".join([place, *(f"--{name} {count}" for name, count in sizes)])
 
 
 def _tail(command: list[str]) -> str:

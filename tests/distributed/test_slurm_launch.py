@@ -44,6 +44,12 @@ def events(run: Path, name: str) -> list[dict[str, object]]:
     return [record for record in map(json.loads, lines) if record["event"] == name]
 
 
+def submitted_job(launched: Finished) -> str:
+    """The id of a job that was submitted."""
+    assert launched.code == 0, launched.text
+    return launched.stdout.split("slurm job ")[1].split(";")[0]
+
+
 def launch(slurm: SlurmCluster, config: Path, *arguments: str) -> Finished:
     return rddm("launch", "slurm", str(config), *arguments, cwd=config.parent, env=slurm.env)
 
@@ -57,8 +63,7 @@ def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bit
     config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
     with SlurmCluster(tmp_path / "slurm", nodes=2) as slurm:
         launched = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
-        assert launched.code == 0, launched.text
-        job = launched.stdout.split("slurm job ")[1].split(";")[0]
+        job = submitted_job(launched)
         wait_until(lambda: len(events(run, "metrics")) > 5, timeout_s=90)
         twice = launch(slurm, config, *keys, "--cluster", str(cluster_file(tmp_path)), "--workers", "2")
         assert twice.code == 2 and f"is running already (slurm job {job})" in twice.stderr
@@ -87,8 +92,7 @@ def test_a_run_that_a_person_stopped_is_not_queued_again(data: str, tmp_path: Pa
     config, run = write_config(tmp_path, data), tmp_path / "runs" / "tiny"
     with SlurmCluster(tmp_path / "slurm", nodes=1) as slurm:
         launched = launch(slurm, config, "train.steps=100000", "--cluster", str(cluster_file(tmp_path)))
-        assert launched.code == 0, launched.text
-        job = launched.stdout.split("slurm job ")[1].split(";")[0]
+        job = submitted_job(launched)
         wait_until(lambda: bool(events(run, "metrics")), timeout_s=60)
         stopped = rddm("stop", str(run), cwd=tmp_path, env=slurm.env)
         assert stopped.code == 0 and "asked to save and stop" in stopped.stdout, stopped.text
@@ -99,14 +103,13 @@ def test_a_run_that_a_person_stopped_is_not_queued_again(data: str, tmp_path: Pa
         assert (job_state["state"], job_state["exit_code"]) == ("stopped", 75)
         # Launched again, it goes on where it was.
         again = launch(slurm, config, "train.steps=100000", "--cluster", str(cluster_file(tmp_path)))
-        assert again.code == 0, again.text
-        job = again.stdout.split("slurm job ")[1].split(";")[0]
+        job = submitted_job(again)
         wait_until(lambda: len(events(run, "resumed")) == 1, timeout_s=60)
         assert rddm("stop", str(run), "--now", cwd=tmp_path, env=slurm.env).code == 0
         slurm.wait(job, timeout_s=60)
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, object], tuple[str, ...], str]] = {
     "no-partition": ({"partition": "gone"}, (), "partition=gone does not exist; this Slurm has cpu-only, gpu, main"),
     "nodes": ({}, ("--workers", "3"), "--workers 3 need 3 nodes (workers_per_node=1), partition main gives at most 2"),
     "gpus-on-cpus": ({}, ("--gpus-per-worker", "1"), "partition main has no GPUs"),
