@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from rddm_dist.training.fragments import Snapshot
 log = logging.getLogger(__name__)
 
 POLL_S, REMOTE_POLL_S = 0.1, 1.0  # between two looks for the receipts of other ranks
+READERS = 16  # of receipts at once
 RECEIPT_LIMIT_S = 120.0  # that rank 0 waits for them, once its own file is written and the steps wait as well
 
 
@@ -213,19 +215,29 @@ class Saver:
         folder = ckpt.step_folder(series.folder, save.step)
         files: dict[str, tuple[int, str]] = {}
         poll_s = POLL_S if storage.is_local(folder) else REMOTE_POLL_S
-        for rank in range(self._writers):
+
+        def look(rank: int) -> bool:
             name = f"rank-{rank:05d}"
-            while True:
-                content = self._read_receipt(storage.join(folder, f"{name}.json"))
-                receipt: dict[str, Any] = json.loads(content) if content else {}
-                if receipt.get("attempt") == save.attempt:
-                    break
-                if save.is_abandoned.wait(poll_s):
-                    raise EnvironmentFault(
-                        f"the file of worker {rank} did not come; run.storage must be a place that all workers share"
-                    )
+            content = self._read_receipt(storage.join(folder, f"{name}.json"))
+            receipt: dict[str, Any] = json.loads(content) if content else {}
+            if receipt.get("attempt") != save.attempt:
+                return False
             files[f"{name}.safetensors"] = (receipt["bytes"], receipt["sha256"])
             files[f"{name}.json"] = (len(content), ckpt.sha256_of(content))
+            return True
+
+        missing = list(range(self._writers))
+        with ThreadPoolExecutor(READERS, thread_name_prefix="receipts") as pool:
+            while missing:
+                # Each look is a request to a server: who waits for one rank does not ask for the others meanwhile.
+                if look(missing[0]):
+                    found = list(pool.map(look, missing[1:]))
+                    missing = [rank for rank, is_there in zip(missing[1:], found, strict=True) if not is_there]
+                elif save.is_abandoned.wait(poll_s):
+                    raise EnvironmentFault(
+                        f"the file of worker {missing[0]} did not come; run.storage must be a place that all workers "
+                        "share"
+                    )
         return files
 
     def _read_receipt(self, uri: str) -> bytes:
