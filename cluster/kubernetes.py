@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.kubernetes_manifest import CONTAINER, HEAD, MANIFEST_FILE, PYTHON, render
-from cluster.kubernetes_shape import Shape, object_name, shape_of
+from cluster.kubernetes_shape import Shape, check_seen, object_name, shape_of
 from cluster.launch import ENDED, JobState
 from cluster.settings import KubernetesCluster
 from cluster.submission import Job, Record, Submitted, plan_record
@@ -50,6 +50,7 @@ class Kubernetes:
         """What the manifest names is there, and a launch of that name is not."""
         settings, shape = self._settings, shape_of(self._settings, job)
         kind, name = RAY_JOB if shape.is_ray else PLAIN_JOB, object_name(job, plan_record(job, settings))
+        check_seen(settings, job)
         self._check_namespace()
         if self._ask("get", RESOURCES[kind], name, "--ignore-not-found", "--output=name"):
             raise ConfigError(

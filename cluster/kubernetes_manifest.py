@@ -361,13 +361,14 @@ def _env(settings: KubernetesCluster, record: Record, more: dict[str, str]) -> l
 
 
 def _pod_spec(settings: KubernetesCluster, job: Job, record: Record, container: Manifest) -> Manifest:
-    account, secrets = settings.service_account, settings.pull_secrets
+    account, secrets, group = settings.service_account, settings.pull_secrets, settings.fs_group
     return {
         **({"serviceAccountName": account} if account else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,  # a service called ray would set RAY_PORT
         **({"imagePullSecrets": [{"name": secret} for secret in secrets]} if secrets else {}),
         **({"priorityClassName": settings.priority_class} if settings.priority_class else {}),
+        **({"securityContext": {"fsGroup": group, "fsGroupChangePolicy": "OnRootMismatch"}} if group else {}),
         "terminationGracePeriodSeconds": settings.drain_s + GRACE_S,
         "containers": [container],
         "volumes": [
@@ -390,9 +391,10 @@ def _pod_spec(settings: KubernetesCluster, job: Job, record: Record, container: 
 
 def _placing(settings: KubernetesCluster) -> Manifest:
     worker = settings.worker
+    tolerations = [each.model_dump(exclude_defaults=True) for each in worker.tolerations]
     return {
         **({"nodeSelector": dict(worker.node_selector)} if worker.node_selector else {}),
-        **({"tolerations": [dict(each) for each in worker.tolerations]} if worker.tolerations else {}),
+        **({"tolerations": tolerations} if tolerations else {}),
     }
 
 

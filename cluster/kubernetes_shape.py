@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from cluster.settings import KubernetesCluster
 from cluster.submission import Job, Record
@@ -97,18 +97,35 @@ def _check_places(settings: KubernetesCluster, job: Job) -> None:
     """Run folders have to outlive their pods."""
     for at in {volume.mount for volume in settings.volumes} & {MOUNT, SCRATCH, SHARED_MEMORY}:
         raise ConfigError(f"volumes: mount={at} is used by the launcher itself; choose another path")
+    mounts = [volume.mount for volume in settings.volumes]
+    for at in mounts:
+        if mounts.count(at) > 1:
+            raise ConfigError(f"volumes: two are mounted at {at}; give each a path of its own")
     if not storage.is_local(job.home):
         return
     home = PurePosixPath(storage.local_path(job.home))
     holding = [volume for volume in settings.volumes if home.is_relative_to(volume.mount)]
     if not holding:
-        mounts = ", ".join(volume.mount for volume in settings.volumes) or "none"
         raise ConfigError(
-            f"storage={home.parent} is on no volume of the cluster file (volumes: {mounts}), so run folders would be "
-            "gone with their pods; add a volume that holds it, or give an s3:// URL"
+            f"storage={home.parent} is on no volume of the cluster file (volumes: {', '.join(mounts) or 'none'}), so "
+            "run folders would be gone with their pods; add a volume that holds it, or give an s3:// URL"
         )
     if max(holding, key=lambda volume: len(volume.mount)).read_only:
         raise ConfigError(f"storage={home.parent} is on a volume with read_only=true; run folders are written to")
+
+
+def check_seen(settings: KubernetesCluster, job: Job) -> None:
+    """What is written here has to be what pods see: a folder of that name that is no volume would take it silently."""
+    if settings.here == "none" or not storage.is_local(job.home):
+        return
+    home = PurePosixPath(storage.local_path(job.home))
+    mounts = [volume.mount for volume in settings.volumes if home.is_relative_to(volume.mount)]
+    place = max(mounts, key=len) if settings.here == "same" else settings.here
+    if not Path(place).is_dir():
+        raise ConfigError(
+            f"here={settings.here}, but {place} does not exist on this machine; mount the volume there, or set here of "
+            "the cluster file to where it is, or to none"
+        )
 
 
 def amount(quantity: str) -> Decimal:

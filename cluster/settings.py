@@ -12,15 +12,32 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from data_pipeline.errors import ConfigError
 from rddm_dist.config import explain
 from rddm_dist.sections import Section
+from rddm_dist.training.stopping import LAUNCH_ENV, STOPPED_CODE_ENV
 
-Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kKMGTPE]i?)?$")]
+_QUANTITY = r"\d+(\.\d+)?(m|[kKMGTPE]i?)?"
+_LABEL_WORD = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_OBJECT = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+Quantity = Annotated[str, Field(pattern=rf"^{_QUANTITY}$")]
+QuantityOrNone = Annotated[str, Field(pattern=rf"^({_QUANTITY})?$")]
+# As Kubernetes takes them: names of its objects (or none), keys of labels and annotations, values of labels.
+ObjectName = Annotated[str, Field(pattern=rf"^{_OBJECT}$")]
+ObjectOrNone = Annotated[str, Field(pattern=rf"^({_OBJECT})?$")]
+LabelKey = Annotated[str, Field(pattern=rf"^({_OBJECT}/)?{_LABEL_WORD}$")]
+LabelValue = Annotated[str, Field(pattern=rf"^({_LABEL_WORD})?$")]
+Labels = dict[LabelKey, LabelValue]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 SlurmTime = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d{2}){0,2}$")]
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+URL_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 TAG = re.compile(r"[^/]+[:@][^/]+$")  # of the last part of an image's name: a registry has a port before a slash
 
 
 def _key(default: Any, description: str, **constraints: Any) -> Any:
     return Field(default, description=description, **constraints)
+
+
+# What a job is told by its launcher; another value of these would be lost stops, or pods killed while they save.
+LAUNCHER_ENV = frozenset({LAUNCH_ENV, STOPPED_CODE_ENV, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"})
 
 
 class _Cluster(Section):
@@ -30,7 +47,7 @@ class _Cluster(Section):
     here: str = _key(
         "same", "The same folder as this machine sees it; same: under that path; none: not at all (records: launches/)"
     )
-    env: dict[str, str] = _key({}, "Environment variables of jobs; no secrets, they would lie in the run folder")
+    env: dict[VariableName, str] = _key({}, "Environment variables of jobs; no secrets, they lie in the run folder")
     gpus_per_worker: int = _key(0, "GPUs of each worker", ge=0)
     cpus_per_worker: int = _key(1, "CPU cores of each worker", ge=1)
     max_workers: int = _key(0, "The most workers this cluster can ever give; 0: not known", ge=0)
@@ -40,8 +57,8 @@ class _Cluster(Section):
     @field_validator("env", mode="after")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if SECRET_NAME.search(name):
+        for name, value in env.items():
+            if SECRET_NAME.search(name) or URL_PASSWORD.search(value):
                 raise ValueError(
                     f"env.{name} looks like a secret, and cluster files are copied into run folders; have it in the "
                     "environment of the job (secrets: on Kubernetes, the shell's own on Slurm and Ray)"
@@ -97,7 +114,7 @@ class RayCluster(_Cluster):
     entrypoint_resources: dict[str, float] = _key({}, "Resources that place that command, e.g. {on-demand: 0.01}")
     runtime_env: dict[str, Any] = _key({}, "Further keys of Ray's runtime environment")
     metadata: dict[str, str] = _key({}, "Further metadata of the job")
-    wait_s: int = _key(600, "Seconds to wait for lost nodes to be replaced before a run stops (exit 75)", ge=0)
+    wait_s: int = _key(600, "Seconds until all workers must have started, lost ones again; else exit 75", ge=30)
 
     @field_validator("runtime_env", mode="after")
     @classmethod
@@ -114,15 +131,22 @@ class Pod(Section):
     memory: Quantity = _key("8Gi", "Memory of the pod, its limit too")
 
 
+class Toleration(Section):
+    key: str = ""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+
 class WorkerPod(Pod):
     workers: int = _key(1, "Workers of a pod, usually one per GPU", ge=1)
     min_pods: int = _key(0, "Fewest pods of the autoscaled group; 0: as many as the job has", ge=0)
-    node_selector: dict[str, str] = _key({}, "Labels that nodes must have")
-    tolerations: tuple[dict[str, Any], ...] = _key((), "Taints that pods bear, as Kubernetes writes them")
+    node_selector: Labels = _key({}, "Labels that nodes must have")
+    tolerations: tuple[Toleration, ...] = _key((), "Taints that pods bear, as Kubernetes writes them")
 
 
 class Volume(Section):
-    claim: str = _key(..., "PersistentVolumeClaim, readable and writable by many nodes")
+    claim: ObjectName = _key(..., "PersistentVolumeClaim, readable and writable by many nodes")
     mount: str = _key(..., "Where it is mounted", pattern=r"^/.+")
     read_only: bool = _key(False, "Mount it read-only")
 
@@ -134,27 +158,43 @@ class KubernetesCluster(_Cluster):
     context: str = _key("", "Context of kubectl; empty: the current one")
     image: str = _key(..., "Image with rddm-dist, with a tag or digest")
     pull_policy: Literal["IfNotPresent", "Always", "Never"] = _key("IfNotPresent", "When the image is pulled")
-    pull_secrets: tuple[str, ...] = _key((), "Names of Secrets to pull it with")
-    service_account: str = _key("", "Service account of pods; empty: the namespace's default")
-    secrets: tuple[str, ...] = _key((), "Names of Secrets whose entries become environment variables")
-    auth_secret: str = _key("", "Secret with Ray's token under auth_token; empty: KubeRay's own, or none")
+    pull_secrets: tuple[ObjectName, ...] = _key((), "Names of Secrets to pull it with")
+    service_account: ObjectOrNone = _key("", "Service account of pods; empty: the namespace's default")
+    secrets: tuple[ObjectName, ...] = _key((), "Names of Secrets whose entries become environment variables")
+    auth_secret: ObjectOrNone = _key("", "Secret with Ray's token under auth_token; empty: KubeRay's own, or none")
     head: Pod = Pod()
     worker: WorkerPod = WorkerPod(cpus="8", memory="32Gi")
     volumes: tuple[Volume, ...] = ()
-    scratch: Quantity | Literal[""] = _key("", "Local disk of each pod for the data cache, e.g. 100Gi; empty: none")
+    fs_group: int = _key(0, "Group that pods are in and volumes are given to (fsGroup); 0: as volumes are", ge=0)
+    scratch: str = _key(
+        "", "Local disk of workers for the data cache, e.g. 100Gi; empty: none", pattern=rf"^({_QUANTITY})?$"
+    )
     shared_memory: Quantity = _key("2Gi", "/dev/shm of each pod, counted as its memory")
     mlflow: str = _key("", "MLflow server, http(s)://...; empty: tracking.uri of the config")
-    queue: str = _key("", "Kueue local queue; empty: none")
-    priority_class: str = _key("", "PriorityClass of pods; empty: none")
+    queue: ObjectOrNone = _key("", "Kueue local queue; empty: none")
+    priority_class: ObjectOrNone = _key("", "PriorityClass of pods; empty: none")
     drain_s: int = _key(120, "Seconds a pod has to save after it is told to go", ge=30)
     deadline_hours: float = _key(0.0, "The job is ended after so many hours; 0: never", ge=0)
     keep_s: int = _key(3600, "Seconds that a finished job stays to be looked at", ge=0)
-    labels: dict[str, str] = _key({}, "Further labels")
-    annotations: dict[str, str] = _key({}, "Further annotations of pods")
+    labels: Labels = _key({}, "Further labels")
+    annotations: dict[LabelKey, str] = _key({}, "Further annotations of pods")
+
+    @model_validator(mode="after")
+    def _check(self) -> KubernetesCluster:
+        if URL_PASSWORD.search(self.mlflow):
+            raise ValueError(
+                "mlflow holds a password, and everybody reads manifests; have MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in a Secret, and name it in secrets"
+            )
+        for name in LAUNCHER_ENV & set(self.env):
+            raise ValueError(f"env.{name} is set by the launcher itself (drain_s is how long pods have); leave it out")
+        return self
 
     @field_validator("image", mode="after")
     @classmethod
     def _has_tag(cls, image: str) -> str:
+        if re.search(r"\s", image):
+            raise ValueError(f"image={image} has a space in it; give the name of an image, as registry/name:tag")
         if not TAG.search(image) or image.endswith(":latest"):
             raise ValueError(
                 f"image={image} has no tag, so nobody could say later what ran; give one that does not move, e.g. "

@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.launch import make_plan
+from cluster.settings import load_cluster
+from cluster.submission import write_record, write_submitted
 from data_pipeline import storage
+from rddm_dist.cli.launch import make_job
+from rddm_dist.config import load_config, to_yaml
 from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
 from tests.support.manifests import GOLDEN, load_all, problems_together
@@ -55,7 +60,7 @@ def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """kubectl knows one cluster, at a port where nobody listens."""
     config = {
@@ -120,3 +125,126 @@ def holds(found: Any, expected: Any, path: str = "") -> list[str]:
         pairs = enumerate(zip(found, expected, strict=True))
         return [line for i, (one, other) in pairs for line in holds(one, other, f"{path}[{i}]")]
     return [] if found == expected else [f"{path}: {found!r} instead of {expected!r}"]
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(here: Here, bucket: None, tmp_path: Path) -> None:
+    """Pods get the credentials of a bucket from a Secret: the launch folder has them neither here nor there."""
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    shown = here(*command_of("gpus-s3-kueue"))
+    cluster = load_cluster("gpus-s3-kueue/cluster.yaml")
+    overrides = ["train.yaml", "data.uri=s3://vision/data/rain/train"]
+    job = make_job("train", overrides, cluster, workers=16, gpus_per_worker=1, storage="", run="secretive", sweep=[])
+    plan = make_plan(job, cluster)
+    write_record(plan.record, plan.files)
+    write_submitted(plan.record, job, cluster, {"rayjob": "secretive-0001", "namespace": "vision"})
+
+    launch = "s3://vision/runs/secretive/launch/0001"
+    names = storage.list_names(launch)
+    assert set(names) >= {"config.yaml", "cluster.yaml", "manifest.yaml", "command.txt", "launch.json"}
+    assert sorted(path.name for path in plan.record.local.iterdir()) == names
+    written = [storage.read_bytes(f"{launch}/{name}").decode() for name in names if name != "code.patch"]
+    written += [path.read_text() for path in plan.record.local.iterdir() if path.name != "code.patch"]
+    secrets = {*SECRETS.values(), os.environ["AWS_ACCESS_KEY_ID"]}
+    assert [value for value in secrets for text in (shown.text, *written) if value in text] == []
+    assert "secretRef" in manifest_of(shown.stdout) and "s3-credentials" in manifest_of(shown.stdout)
+
+
+# Keys of the cluster file, arguments, what is said. All of it is known before any cluster is asked.
+BAD: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "no-tag": ({"image": "rddm-dist"}, (), "image=rddm-dist has no tag"),
+    "latest": ({"image": "rddm-dist:latest"}, (), "image=rddm-dist:latest has no tag"),
+    "space": ({"image": "my image:1"}, (), "image=my image:1 has a space in it"),
+    "other-kind": ({"kind": "slurm"}, (), "kind=slurm does not fit rddm launch kubernetes"),
+    "unknown-key": ({"imagee": 1}, (), "unknown key imagee; did you mean image?"),
+    "inner-key": ({"worker": {"cpu": "1"}}, (), "unknown key worker.cpu; did you mean worker.cpus?"),
+    "cores": ({"worker": {"cpus": "8 cores"}}, (), "worker.cpus='8 cores'"),
+    "secret": ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, (), "env.AWS_SECRET_ACCESS_KEY looks like a secret"),
+    "secret-url": ({"env": {"PROXY": "http://me:word@proxy"}}, (), "env.PROXY looks like a secret"),
+    "mlflow-password": ({"mlflow": "http://me:word@mlflow:5000"}, (), "mlflow holds a password"),
+    "launcher-env": ({"env": {"RDDM_LAUNCH": "7"}}, (), "env.RDDM_LAUNCH is set by the launcher itself"),
+    "variable": ({"env": {"MY VAR": "7"}}, (), "env.MY VAR"),
+    "label": ({"labels": {"team": "team a"}}, (), "labels.team='team a'"),
+    "label-key": ({"labels": {"my team": "a"}}, (), "my team"),
+    "claim": ({"volumes": [{"claim": "Runs_1", "mount": "/runs"}]}, (), "volumes.0.claim='Runs_1'"),
+    "secret-name": ({"secrets": ["S3_Keys"]}, (), "secrets.0='S3_Keys'"),
+    "toleration": ({"worker": {"tolerations": [{"ky": "spot"}]}}, (), "unknown key worker.tolerations.0.ky"),
+    "mounts": ({"volumes": [{"claim": n, "mount": "/runs"} for n in "ab"]}, (), "two are mounted at /runs"),
+    "ours": ({"volumes": [{"claim": "runs", "mount": "/dev/shm"}]}, (), "mount=/dev/shm is used by the launcher"),
+    "no-volume": ({"volumes": []}, (), "storage=/runs is on no volume of the cluster file (volumes: none)"),
+    "read-only": ({"volumes": [{"claim": "runs", "mount": "/runs", "read_only": True}]}, (), "read_only=true"),
+    "too-many": ({"max_workers": 8}, ("--workers", "16"), "--workers 16 is more than this cluster can ever give"),
+    "no-gpus": ({}, ("--gpus-per-worker", "1"), "--gpus-per-worker 1 asks for GPUs, the cluster file has none"),
+    "few-cpus": ({"cpus_per_worker": 16}, (), "worker.cpus=8 is too few for 1 workers of cpus_per_worker=16"),
+    "memory": ({"shared_memory": "9Gi"}, (), "shared_memory=9Gi leaves nothing of head.memory=8Gi"),
+    "kueue-autoscaled": ({"queue": "q", "worker": {"min_pods": 1}}, ("--workers", "2"), "Kueue admits whole jobs"),
+    "uneven": ({"form": "torchrun", "worker": {"workers": 2}}, ("--workers", "3"), "--workers 3 is no multiple"),
+    "sweep": ({"form": "torchrun"}, ("--sweep", "optim.lr=1e-4,2e-4"), "--sweep needs form: ray"),
+    "run-name": ({}, ("--run", "so/rain"), "so/rain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, here: Here, tmp_path: Path) -> None:
+    keys, arguments, said = BAD[name]
+    assert said in refused(here, tmp_path, keys, *arguments, "--dry-run")
+
+
+def refused(here: Here, folder: Path, keys: dict[str, Any], *arguments: str) -> str:
+    """Launch a training with these keys in the cluster file.   -> the one line with which it ends"""
+    base = {"kind": "kubernetes", "image": "rddm-dist:0.1.0", "storage": "/runs", "here": "none"}
+    (folder / "cluster.yaml").write_text(
+        yaml.safe_dump({**base, "volumes": [{"claim": "runs", "mount": "/runs"}], **keys})
+    )
+    shutil.copy(GOLDEN / "train.yaml", folder)
+    before = sorted(folder.rglob("*"))
+    result = here("launch", "kubernetes", "train.yaml", "--cluster", "cluster.yaml", *arguments)
+    assert result.code == 2 and result.stdout == "", result.text
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.text
+    assert sorted(folder.rglob("*")) == before, "something was written"
+    return result.stderr
+
+
+def test_a_missing_or_broken_cluster_file_is_one_line(here: Here, tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "train.yaml", tmp_path)
+    (tmp_path / "broken.yaml").write_text("kind: kubernetes: 1")
+    (tmp_path / "list.yaml").write_text("[kubernetes]")
+    for path, said in (
+        ("absent.yaml", "--cluster absent.yaml does not exist"),
+        ("broken.yaml", "--cluster broken.yaml is not valid YAML"),
+        ("list.yaml", "--cluster list.yaml must hold keys such as 'kind: kubernetes', not a list"),
+        ("", "--cluster is missing; give a cluster file"),
+    ):
+        result = here("launch", "kubernetes", "train.yaml", "--cluster", path)
+        assert result.code == 2 and result.stderr.startswith(f"error: {said}"), result.text
+        assert result.stderr.count("\n") == 1
+
+
+def test_the_name_of_a_run_of_other_settings_is_refused(here: Here, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "derain"
+    run_dir.mkdir(parents=True)
+    config = load_config(GOLDEN / "train.yaml", [f"run.storage={tmp_path}/runs", "run.name=derain", "model.dim=32"])
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    keys = {"storage": f"{tmp_path}/runs", "here": "same", "volumes": [{"claim": "runs", "mount": str(tmp_path)}]}
+    said = refused(here, tmp_path, keys)
+    assert "model.dim: 32 -> 64" in said
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("seen_at", ["same", "/mnt/absent/runs"])
+def test_a_volume_that_this_machine_does_not_have_is_refused(seen_at: str, here: Here, tmp_path: Path) -> None:
+    volumes = [{"claim": "runs", "mount": "/absent/shared"}]
+    said = refused(here, tmp_path, {"storage": "/absent/shared/runs", "here": seen_at, "volumes": volumes})
+    place = "/absent/shared" if seen_at == "same" else seen_at
+    assert f"here={seen_at}, but {place} does not exist on this machine" in said
+
+
+@needs_kubectl
+def test_an_api_server_that_does_not_answer_is_one_line(here: Here, tmp_path: Path) -> None:
+    said = refused(here, tmp_path, {})
+    assert "no Kubernetes API server answers (The connection to the server 127.0.0.1:9 was refused)" in said
+    assert 'context "moon" does not exist; change context' in refused(here, tmp_path, {"context": "moon"})
+
+
+def test_a_machine_without_kubectl_is_one_line(here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "kubectl is not installed here; install it" in refused(here, tmp_path, {})
