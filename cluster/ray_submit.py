@@ -20,6 +20,7 @@ import aiohttp
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.runtime_env import RuntimeEnv
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
@@ -67,6 +68,7 @@ class RayJobs:
             check_room(job, settings, [node.resources_total for node in alive])
 
     def files(self, job: Job, record: Record) -> dict[str, str]:
+        check_runtime_env(self._settings.runtime_env)
         return {ENTRY_FILE: self._entrypoint(job), SUBMIT_FILE: self._submit_script(job, record)}
 
     def command(self, job: Job, record: Record) -> list[str]:
@@ -209,6 +211,20 @@ def _job_id(job: Job, record: Record) -> str:
 def _parent(home: str) -> str:
     """The storage that a run folder is in."""
     return str(Path(home).parent) if storage.is_local(home) else home.rstrip("/").rpartition("/")[0]
+
+
+def check_runtime_env(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where Ray would pass over a key, or take none of it."""
+    unknown = sorted(set(given) - RuntimeEnv.known_fields)
+    if unknown:
+        ours = {"working_dir", "env_vars"}
+        known = ", ".join(sorted(name for name in RuntimeEnv.known_fields - ours if not name.startswith("_")))
+        raise ConfigError(f"unknown key runtime_env.{unknown[0]} of the cluster file; Ray knows {known}")
+    try:
+        RuntimeEnv(**given)
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:DETAIL_CHARS]
+        raise ConfigError(f"runtime_env of the cluster file is none that Ray takes: {said}") from error
 
 
 def check_room(job: Job, settings: RayCluster, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -58,7 +58,8 @@ class Patience:
     """What a driver bears before it gives up.
 
     retries: how often it starts the workers again after some were lost. Where it is not 0 it also starts them again
-    after a node drained, however often: nothing was lost then. wait_s: seconds that a group may wait for its places.
+    after a node drained, however often: nothing was lost then. wait_s: seconds until all workers of a group must have
+    come, whether they lack a place or only take long to start.
     """
 
     retries: int = 0
@@ -206,7 +207,8 @@ class _Driver:
             if self._is_unwanted():
                 raise _GivenUp("asked to stop" if time.monotonic() < self._deadline else "train.max_hours are over")
             if watch.age_s > self._patience.wait_s:
-                raise _GivenUp(f"no room for {self._group.workers} workers after {self._patience.wait_s:.0f} s")
+                came = f"{watch.count()} of {self._group.workers} workers came"
+                raise _GivenUp(f"{came} within {self._patience.wait_s:.0f} s")
         elif time.monotonic() >= self._deadline:
             watch.ask(f"train.max_hours={self._config.train.max_hours:g} are over")
         else:
@@ -238,9 +240,13 @@ class _Watch:
     def age_s(self) -> float:
         return time.monotonic() - self._began
 
+    def count(self) -> int:
+        """How many workers have come."""
+        return self.roll.count()
+
     def is_complete(self) -> bool:
         """Whether all workers have come."""
-        self._is_complete = self._is_complete or self.roll.count() >= self._workers
+        self._is_complete = self._is_complete or self.count() >= self._workers
         return self._is_complete
 
     def ask(self, reason: str) -> None:

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--cpus-per-worker", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=0, help="trials at a time; 0: as many as there is room for")
     parser.add_argument("--retries", type=int, default=3, help="starts of a trial after lost workers or machines")
-    parser.add_argument("--wait-s", type=float, default=600.0, help="seconds that a trial waits for room")
+    parser.add_argument("--wait-s", type=float, default=600.0, help="seconds until all workers must have come")
     given = parser.parse_args()
     try:
         group = Group(given.workers, given.gpus_per_worker, given.cpus_per_worker)

@@ -108,13 +108,23 @@ class SlurmCluster(_Cluster):
 
 class RayCluster(_Cluster):
     kind: Literal["ray"]
-    address: str = _key(..., "Dashboard of the cluster, e.g. http://head:8265", pattern=r"^https?://[^/]+")
+    address: str = _key(..., "Dashboard of the cluster, e.g. http://head:8265")
     python: str = _key("python", "Python that has rddm-dist, on every node of the cluster")
     entrypoint_cpus: float = _key(0.0, "CPUs set aside for the command that drives the workers", ge=0)
     entrypoint_resources: dict[str, float] = _key({}, "Resources that place that command, e.g. {on-demand: 0.01}")
     runtime_env: dict[str, Any] = _key({}, "Further keys of Ray's runtime environment")
     metadata: dict[str, str] = _key({}, "Further metadata of the job")
     wait_s: int = _key(600, "Seconds until all workers must have started, lost ones again; else exit 75", ge=30)
+
+    @field_validator("address", mode="after")
+    @classmethod
+    def _is_dashboard(cls, address: str) -> str:
+        if not re.match(r"https?://[^/]", address):
+            raise ValueError(
+                f"address={address} is not the URL of a dashboard; give one such as http://head:8265 (not the port "
+                "6379 of ray start, nor ray://)"
+            )
+        return address
 
     @field_validator("runtime_env", mode="after")
     @classmethod

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RETRIES_HELP = (
     "Start the workers again after some were lost, at most so often; above 0 also after a node drained, however often"
 )
-WAIT_HELP = "Seconds that workers may wait for room in the cluster, then the run stops (exit 75)"
+WAIT_HELP = "Seconds until all workers must have started, after a loss again; else the run stops (exit 75)"
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def train(
     gpus_per_worker: Annotated[int, typer.Option(min=0, help="GPUs of each worker")] = 0,
     cpus_per_worker: Annotated[int, typer.Option(min=1, help="CPU cores of each worker, as Ray counts them")] = 1,
     retries: Annotated[int, typer.Option(min=0, help=RETRIES_HELP)] = 0,
-    wait_s: Annotated[float, typer.Option(min=0, help=WAIT_HELP)] = 600.0,
+    wait_s: Annotated[float, typer.Option(min=30, help=WAIT_HELP)] = 600.0,
     storage: Annotated[str, typer.Option(help="Folder, or s3:// URL, that holds run folders")] = "",
     run: Annotated[str, typer.Option(help="Name of the run folder; the same name continues it")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing")] = False,
