@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import time
 import urllib.error
@@ -41,6 +42,8 @@ MOST_NODES = 10_000  # the most that Ray's state API gives
 DETAIL_CHARS = 200
 # They tell on the console what they upload, and that a connection was closed.
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+# With these Ray begins what a job prints; `ray job logs` shows them.
+PREAMBLE = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+\s+INFO job_manager\.py|Running entrypoint for job )")
 # Where set, Ray's clients ask them and not the address that they are given.
 ADDRESS_ENV = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
@@ -108,10 +111,8 @@ class RayJobs:
         job_id = submitted.ids[JOB_ID]
         with _asking(self._settings.address):
             client = self._client()
-            if follow:
-                yield from _tail(client, job_id)
-            else:
-                yield client.get_job_logs(job_id)
+            pieces = _tail(client, job_id) if follow else iter([client.get_job_logs(job_id)])
+            yield from without_preamble(pieces)
 
     def cancel(self, submitted: Submitted) -> None:
         with _asking(self._settings.address):
@@ -330,6 +331,20 @@ def _ray_address_unset() -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def without_preamble(pieces: Iterator[str]) -> Iterator[str]:
+    """What a job prints, without the lines that Ray puts before it."""
+    begin = ""
+    for piece in pieces:
+        begin += piece
+        while (line := begin.partition("\n"))[1] and PREAMBLE.match(line[0]):
+            begin = line[2]
+        if line[1]:  # a whole line, of the job
+            break
+    if begin and not PREAMBLE.match(begin):
+        yield begin
+    yield from pieces
 
 
 def _tail(client: JobSubmissionClient, job_id: str) -> Iterator[str]:

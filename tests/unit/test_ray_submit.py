@@ -16,7 +16,16 @@ from ray.dashboard.modules.job.cli import submit as ray_job_submit
 from ray.job_submission import JobStatus
 
 from cluster.launch import JobState, Plan, make_plan
-from cluster.ray_submit import ENTRY_FILE, SUBMIT_FILE, RayJobs, check_room, last_words, probe, state_of
+from cluster.ray_submit import (
+    ENTRY_FILE,
+    SUBMIT_FILE,
+    RayJobs,
+    check_room,
+    last_words,
+    probe,
+    state_of,
+    without_preamble,
+)
 from cluster.settings import RayCluster
 from cluster.submission import Job, JobKind, Trial
 from data_pipeline.errors import ConfigError, EnvironmentFault
@@ -136,6 +145,22 @@ def test_what_ray_says_of_a_job_in_our_words(
 def test_the_last_words_of_a_job_are_its_error_else_its_last_line() -> None:
     assert last_words("one\n\ntwo\n") == "two" and last_words("") == ""
     assert len(last_words("x" * 1000)) == 200
+
+
+PREAMBLE = (
+    "2026-01-02 03:04:05,678\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+    "Running entrypoint for job derain-0001: sh entrypoint.sh\n"
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_what_a_job_prints_is_shown_without_what_ray_says_before_it(size: int) -> None:
+    said = "starting Ray\nRunning entrypoint for job x: quoted by the job\nno end of line"
+    whole = PREAMBLE + said
+    pieces = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+    assert "".join(without_preamble(iter(pieces))) == said
+    assert "".join(without_preamble(iter([PREAMBLE]))) == ""
+    assert "".join(without_preamble(iter(["short"]))) == "short" and list(without_preamble(iter([]))) == []
 
 
 GPUS, CPUS = {"CPU": 8.0, "GPU": 4.0}, {"CPU": 2.0}
