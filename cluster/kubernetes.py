@@ -379,8 +379,10 @@ def _ended(code: int | None, reason: str, said: str) -> JobState:
 
 
 def _exit_code(message: str) -> int | None:
-    found = re.search(r"exit code (\d+)", message)
-    return int(found.group(1)) if found else None
+    """What Ray or Kubernetes says that a command ended with; of one that a signal ended what a shell would say."""
+    found = re.search(r"exit code (-?\d+)", message)
+    code = int(found.group(1)) if found else None
+    return 128 - code if code is not None and code < 0 else code
 
 
 def _code_of_first(pods: Sequence[Mapping[str, Any]]) -> int | None:

@@ -22,7 +22,7 @@ from rddm_dist.cli.launch import make_job
 from rddm_dist.config import load_config, to_yaml
 from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
-from tests.support.manifests import GOLDEN, load_all, problems_together
+from tests.support.manifests import GOLDEN, load_all, manifest_of, problems_together
 from tests.support.servers import lead_to, make_bucket, s3_server
 
 CLUSTERS = sorted(path.parent.name for path in GOLDEN.glob("*/cluster.yaml"))
@@ -75,12 +75,6 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def command_of(name: str) -> list[str]:
     """What the first line of a cluster file says to run, without `rddm`."""
     return shlex.split((GOLDEN / name / "cluster.yaml").read_text().splitlines()[0].removeprefix("# rddm "))
-
-
-def manifest_of(shown: str) -> str:
-    """The part of a dry run that kubectl would get."""
-    parts = shown.split("# ---- ")
-    return next(part.partition("\n")[2] for part in parts if part.partition("\n")[0].endswith("manifest.yaml"))
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -243,6 +237,22 @@ def test_an_api_server_that_does_not_answer_is_one_line(here: Here, tmp_path: Pa
     said = refused(here, tmp_path, {})
     assert "no Kubernetes API server answers (The connection to the server 127.0.0.1:9 was refused)" in said
     assert 'context "moon" does not exist; change context' in refused(here, tmp_path, {"context": "moon"})
+
+
+@needs_kubectl
+def test_a_job_of_a_cluster_that_does_not_answer_is_one_line(here: Here, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    cluster = load_cluster("torchrun-nodes/cluster.yaml")
+    job = make_job("train", ["train.yaml"], cluster, workers=8, gpus_per_worker=1, storage="", run="", sweep=[])
+    plan = make_plan(job, cluster)
+    write_record(plan.record, plan.files)
+    write_submitted(plan.record, job, cluster, {"job": "derain-0001", "namespace": "vision", "context": "lab"})
+    for command in ("logs", "stop"):
+        result = here(command, "launches/derain")
+        assert result.code == 2 and "no Kubernetes API server answers" in result.stderr, result.text
+        assert result.stderr.count("\n") == 1
+    status = here("status", "launches/derain")
+    assert "no Kubernetes API server answers" in status.text and "Traceback" not in status.text
 
 
 def test_a_machine_without_kubectl_is_one_line(here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

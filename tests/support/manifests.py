@@ -112,6 +112,12 @@ def load_all(text: str) -> list[Manifest]:
     return documents
 
 
+def manifest_of(shown: str) -> str:
+    """The part of `rddm launch kubernetes --dry-run` that kubectl would get."""
+    parts = shown.split("# ---- ")
+    return next(part.partition("\n")[2] for part in parts if part.partition("\n")[0].endswith("manifest.yaml"))
+
+
 def problems(manifest: Manifest) -> list[str]:
     """What is wrong with one manifest, as lines `path: text`; the rules are asked once the schema is satisfied."""
     kind = manifest.get("kind")
