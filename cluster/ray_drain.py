@@ -52,6 +52,11 @@ def draining_nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in ids}
 
 
+def dead_nodes() -> dict[str, str]:
+    """Node id -> address of the nodes that Ray has found to be gone."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
+
+
 def this_node() -> str:
     """The id of the node that this process is on."""
     return ray.get_runtime_context().get_node_id()

@@ -20,7 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
-from cluster.ray_drain import Roll, draining_nodes, enter_roll, this_node
+from cluster.ray_drain import Roll, dead_nodes, draining_nodes, enter_roll, this_node
 from cluster.ray_session import quiet_raylets, ray_session
 from data_pipeline.errors import RddmError, TrainingFault
 from rddm_dist.config import Config, parse_config
@@ -130,11 +130,12 @@ class _Driver:
                 self._say(f"stopped before the workers began ({error}); the same command continues")
                 return TrainResult("stopped", self._step, self._folder.home)
             except LostWorkers as error:
+                told = "; ".join([*watch.lost_nodes(), error.told])
                 if lost >= self._patience.retries or self._is_unwanted():
-                    raise
+                    raise LostWorkers(told) from error
                 lost += 1
                 self._say(
-                    f"workers lost ({error.told}); starting again from the last checkpoint ({lost} of "
+                    f"workers lost ({told}); starting again from the last checkpoint ({lost} of "
                     f"{self._patience.retries})"
                 )
             else:
@@ -271,6 +272,11 @@ class _Watch:
             self.is_own = own in draining
             self.drained = f"{PREEMPTED}node {', '.join(addresses)} drains"
             self.ask(self.drained)
+
+    def lost_nodes(self) -> list[str]:
+        """What is to be said of nodes of workers that are gone, as far as Ray has noticed."""
+        gone = dead_nodes()
+        return [f"node {gone[node]} is gone" for node in sorted(self.roll.nodes() & gone.keys())]
 
     def close(self) -> None:
         self.roll.close()

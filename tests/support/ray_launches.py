@@ -40,12 +40,16 @@ class Launches:
         options = ["--cluster", str(self.file), "--run", self.name, "--workers", "2", "--follow"]
         return [*RDDM, "launch", "ray", *options, *what, *arguments]
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return start(self.command(*arguments), cwd=self.folder, env=self.cluster.env)
+    def start(self, *arguments: str, job: str = "train") -> subprocess.Popen[str]:
+        return start(self.command(*arguments, job=job), cwd=self.folder, env=self.cluster.env)
 
     def run(self, *arguments: str, job: str = "train", timeout_s: float = 120.0) -> Finished:
         process = start(self.command(*arguments, job=job), cwd=self.folder, env=self.cluster.env)
         return finish(process, timeout_s=timeout_s)
+
+    def place_anywhere(self) -> None:
+        """Launch from now on with a cluster file that has no further settings."""
+        self.file = cluster_file(self.folder, self.cluster.dashboard)
 
     def rddm(self, *arguments: str) -> Finished:
         """Another command about these runs."""
