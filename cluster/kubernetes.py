@@ -13,8 +13,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.kubernetes_manifest import CONTAINER, HEAD, MANIFEST_FILE, PYTHON, render
+from cluster.kubernetes_job import CONTAINER
+from cluster.kubernetes_manifest import MANIFEST_FILE, render
+from cluster.kubernetes_rayjob import HEAD
 from cluster.kubernetes_shape import Shape, check_seen, object_name, shape_of
+from cluster.kubernetes_start import PYTHON
 from cluster.launch import ENDED, JobState
 from cluster.settings import KubernetesCluster
 from cluster.submission import Job, Record, Submitted, plan_record
