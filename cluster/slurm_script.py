@@ -34,7 +34,7 @@ def render(cluster: SlurmCluster, job: Job, record: Record) -> str:
         "",
         *_settings(cluster, job, record, folder),
         "",
-        *SIGNALS,
+        *_signals(cluster, job),
         "",
         *(_ray(cluster, job) if cluster.form == "ray" else _torchrun(cluster, job)),
         "",
@@ -109,6 +109,9 @@ def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> I
         yield "# ray symmetric-run looks for ray there."
         yield f"export PATH={shlex.quote(cluster.python.rpartition('/')[0])}:$PATH"
     yield f"srun_options=(--nodes={nodes_of(cluster, job)} --ntasks-per-node=1{_pyxis(cluster)})"
+    if job.trials or (job.kind == "train" and not storage.is_local(job.home)):
+        step = 'srun --overlap "${srun_options[@]}" --nodes=1 ' if _pyxis(cluster) else ""
+        yield f'here=({step}"${{python[@]}}")  # Python for the script itself'
     if cluster.scratch:
         yield f'export scratch="{cluster.scratch}"'
 
@@ -138,19 +141,38 @@ def _pyxis(cluster: SlurmCluster) -> str:
     return " " + shlex.join([*options, *container.options])
 
 
+def _signals(cluster: SlurmCluster, job: Job) -> Iterator[str]:
+    """What Slurm's signals do, waiting for a step through them, and the end."""
+    yield "# Slurm's signal, or its SIGTERM at preemption: the work saves what it has and ends with 75."
+    yield "ask_to_stop() {"
+    yield "  signalled=1 asked=${asked:-$1}"
+    yield '  echo "$(date +%T) $1: asking the run to save and stop"'
+    if job.kind == "train" and storage.is_local(job.home):
+        yield '  [ -e "$run/stop-request" ] || printf "preempted: %s" "$1" > "$run/stop-request"'
+    elif job.kind == "train":
+        yield '  "${here[@]}" -m rddm_dist.cli.main stop "$run" --preempted "$1"'
+    elif cluster.form == "ray":
+        yield '  kill -INT "$(cat "$said.pid")"  # not Ray, which would go first'
+    else:
+        yield '  scancel --signal=INT "$SLURM_JOB_ID"'
+    yield from SIGNALS
+    yield f'ended="$record/ended-{"$trial" if job.trials else "$SLURM_JOB_ID"}"'
+    yield 'rm -f "$ended"'
+    yield "ended() {"
+    yield '  echo "$1" > "$ended"'
+    if job.trials:
+        yield '  local all=("$record"/ended-*)  # the last one prints the table of the sweep and ends its MLflow run'
+        yield f'  [ "${{#all[@]}}" -lt {len(job.trials)} ] || "${{here[@]}}" -m cluster.sweep_end "$record/sweep.json"'
+    yield '  exit "$1"'
+    yield "}"
+
+
 # Bash runs a trap as soon as `wait` returns; a second `wait` then waits on, or says again how the step ended.
 SIGNALS = (
-    "# Slurm's signal, or its SIGTERM at preemption: the run saves at its next step and ends with 75.",
-    "ask_to_stop() {",
-    "  signalled=1",
-    '  echo "$(date +%T) $1: asking the run to save and stop"',
-    '  case "$run" in',
-    '    *://*) "${python[@]}" -m rddm_dist.cli.main stop "$run" --preempted "$1" ;;',
-    '    *) [ -e "$run/stop-request" ] || printf "preempted: %s" "$1" > "$run/stop-request" ;;',
-    "  esac",
     "}",
     "trap 'ask_to_stop \"the signal before the time limit (SIGUSR1)\"' USR1",
     "trap 'ask_to_stop \"SIGTERM from Slurm\"' TERM",
+    "asked=",
     "run_step() {  # wait for a command, through signals; its exit code is in $code",
     "  signalled=",
     '  "$@" &',
@@ -162,13 +184,17 @@ SIGNALS = (
     "    code=$?",
     "  done",
     "}",
-    'ended() { echo "$1" > "$record/ended-$SLURM_JOB_ID"; exit "$1"; }',
 )
 
 END = ('ended "$code"',)
 REQUEUE = (
-    "# Stopped and resumable, and not by a person: back into the queue, under the same job id.",
-    'if [ "$code" -eq 75 ] && [ ! -e "$record/stopped" ] && [ ! -e "$run/launch/$RDDM_LAUNCH/stopped" ]; then',
+    "# Stopped and resumable: back into the queue, under the same job id. Not where a person stopped it: by rddm stop,",
+    "# or by scancel, after which Slurm calls the job COMPLETING before this script has ended.",
+    "is_cancelled() {",
+    '  [ "${asked%% *}" = SIGTERM ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=COMPLETING',
+    "}",
+    'if [ "$code" -eq 75 ] && [ ! -e "$record/stopped" ] && [ ! -e "$run/launch/$RDDM_LAUNCH/stopped" ] &&',
+    "  ! is_cancelled; then",
     '  echo "$(date +%T) stopped and resumable: queued again"',
     '  scontrol requeue "$SLURM_JOB_ID" && exit 75',
     "fi",
@@ -191,11 +217,15 @@ def _torchrun(cluster: SlurmCluster, job: Job) -> Iterator[str]:
         '--master-port="$port" "$@"'
     )
     yield "}"
+    cache = ' data.cache_dir="$scratch/cache"' if cluster.scratch else ""
+    train = f'on_every_node -m rddm_dist.training "$config"{cache}'
     if cluster.preflight:
         yield 'on_every_node -m cluster.preflight "$config"'
         yield '[ "$code" -eq 0 ] || ended "$code"'
-    cache = ' data.cache_dir="$scratch/cache"' if cluster.scratch else ""
-    yield f'on_every_node -m rddm_dist.training "$config"{cache}'
+        yield "code=75  # where the signal has come already"
+        yield f'[ -n "$asked" ] || {train}'
+    else:
+        yield train
 
 
 def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
@@ -208,7 +238,7 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield "fi"
     yield f"export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={cluster.wait_s}"
     yield "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token"
-    yield "RAY_AUTH_TOKEN=$(\"${python[@]}\" -c 'import secrets; print(secrets.token_hex(32))')"
+    yield "RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
     yield "export RAY_AUTH_TOKEN config record"
     yield "# What the command on the first node ended with: ray symmetric-run itself ends with 0 where Ray fails."
     yield 'export said="$record/exit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
@@ -217,7 +247,7 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     work = _tail(_ray_command(cluster, job))
     if cluster.preflight:
         yield f'  "$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(cluster, job)} &&'
-    yield f'  "$@" {work}'
+    yield f'  (echo "$BASHPID" > "$said.pid"; exec "$@" {work})'
     yield '  code=$?; echo "$code" > "$said"; exit "$code"\''
     yield "with_ray() {  # without the long lines that ray stop has for each process"
     yield '  srun --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" \\'
@@ -246,9 +276,10 @@ def _ray_command(cluster: SlurmCluster, job: Job) -> list[str]:
 def _preflight_arguments(cluster: SlurmCluster, job: Job) -> str:
     storage_of = shlex.quote(job.home.rpartition("/")[0])
     place = '"$config"' if job.kind == "train" else f"--storage {storage_of}"
-    sizes = (("workers", job.workers), ("gpus-per-worker", job.gpus_per_worker))
-    sizes += (("cpus-per-worker", cluster.cpus_per_worker),)
-    return " ".join([place, *(f"--{name} {count}" for name, count in sizes)])
+    return (
+        f"{place} --workers {job.workers} --gpus-per-worker {job.gpus_per_worker} "
+        f"--cpus-per-worker {cluster.cpus_per_worker}"
+    )
 
 
 def _tail(command: list[str]) -> str:

@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.submission import LOCAL_RECORDS, RUN_NAME, Job, Submitted, Trial, find_submitted
+from cluster.submission import LOCAL_RECORDS, RUN_NAME, Job, Trial, find_submitted
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, EnvironmentFault, UserError
 from rddm_dist.config import Config, load_config
 from rddm_dist.tracking.journal import json_safe
 from rddm_dist.tracking.store import default_uri, ensure_experiment, open_client
-from rddm_dist.training.folder import CONFIG_FILE, run_folder, try_sending
+from rddm_dist.training.folder import CONFIG_FILE, run_folder
 from rddm_dist.training.standing import Standing, folder_at, read_standing
-from rddm_dist.training.stopping import LAUNCHES
 
 MAX_TRIALS = 512
 SHARED = ("run.", "tracking.")  # keys by which the runs of a sweep belong together
@@ -229,6 +228,15 @@ def open_parent(config: Config, *, home: str, name: str, trials: Mapping[str, Ma
     return parent
 
 
+def is_parent_running(config: Config) -> bool:
+    """Whether nobody has ended the MLflow run of a sweep yet; false of a sweep without one."""
+    parent, uri = config.tracking.parent, _uri(config)
+    if not parent or config.tracking.backend == "none":
+        return False
+    with _reaching(uri):
+        return str(open_client(uri).get_run(parent).info.status) == "RUNNING"
+
+
 def finish_parent(config: Config, status: str, *, best: str = "") -> None:
     """End the MLflow run of a sweep. config: of one of its runs; status: done, stopped or failed; best: name of a run.
 
@@ -295,6 +303,13 @@ class SweepTable:
     @property
     def is_done(self) -> bool:
         return all(row.status == "done" for row in self.rows)
+
+    @property
+    def outcome(self) -> str:
+        """Of a sweep that has ended: done, stopped while any can go on (those that never began too), else failed."""
+        if any(row.status not in ("done", "failed") for row in self.rows):
+            return "stopped"
+        return "done" if self.is_done else "failed"
 
     @property
     def best(self) -> str:
@@ -368,25 +383,6 @@ def read_table(
         for name, values in trials.items()
     ]
     return SweepTable(tuple(rows))
-
-
-def table_of(submitted: Submitted, run: str) -> SweepTable:
-    """How the runs of a submitted sweep stand; `run` as given to `rddm status`. Of a sweep that is found to be done the
-    table is kept in its folder and the parent ended, if nobody has been there to do it."""
-    is_here = storage.is_local(submitted.home)
-    home = str(submitted.record.local.parent.parent) if is_here else submitted.home
-    table = read_table(submitted.trials, home.rpartition("/")[0])
-    text = table.as_markdown().encode()
-
-    def conclude() -> None:
-        record = storage.join(home, f"{LAUNCHES}/{submitted.record.number}")
-        config = load_config(storage.join(record, f"{next(iter(submitted.trials))}.yaml"))
-        finish_parent(config, "done", best=table.best)
-        folder_at(home).write(TABLE_FILE, text)
-
-    if table.is_done and folder_at(home).read(TABLE_FILE) != text:
-        try_sending("ending the MLflow run of the sweep", conclude)
-    return table
 
 
 def read_sweep(path: str | Path) -> list[Trial]:

@@ -42,7 +42,7 @@ def launch(
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's output until it ends")] = False,
 ) -> int:
     """Submit a job; the run folder keeps what was submitted, under launch/."""
-    from cluster.launch import make_plan
+    from cluster.launch import backend_of, make_plan
     from cluster.settings import KINDS, load_cluster
     from data_pipeline.errors import ConfigError
 
@@ -57,6 +57,7 @@ def launch(
     if made.trials and not dry_run:
         from cluster.sweep import with_parent
 
+        backend_of(settings).check(make_plan(made, settings).job)  # before MLflow hears of it
         made = with_parent(made, sees_runs=settings.here == "same")
     plan = make_plan(made, settings)
     if dry_run:
@@ -198,10 +199,24 @@ def submit_and_tell(plan: Plan, *, follow: bool) -> int:
                 f"run {plan.job.name} is {state.word} already ({_name(earlier.ids)}); wait for it, rddm stop {where}, "
                 "or choose another --run"
             )
-    submitted = submit(plan)
+    try:
+        submitted = submit(plan)
+    except BaseException:
+        if plan.job.trials:
+            _give_up_parent(plan.job)
+        raise
     say(f"submitted {_name(submitted.ids)}; recorded in {plan.record.local}")
     say(f"rddm status {where}; rddm logs {where} --follow; rddm stop {where}")
     return follow_job(submitted, where) if follow else 0
+
+
+def _give_up_parent(job: Job) -> None:
+    """End the MLflow run of a sweep that was not submitted after all."""
+    from cluster.sweep import finish_parent
+    from rddm_dist.training.folder import try_sending
+
+    config = job.trials[0].config
+    try_sending("ending the MLflow run of the sweep", lambda: finish_parent(config, "failed"))
 
 
 def _name(ids: dict[str, str]) -> str:

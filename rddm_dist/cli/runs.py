@@ -34,14 +34,14 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
 ) -> int:
     """How a run stands: its job in the cluster, its step, its last checkpoint. Of a sweep: a table."""
-    from cluster.launch import backend_of
+    from cluster.launch import ENDED, backend_of
 
     submitted, standing = _look(run)
     state = backend_of(submitted.cluster).state(submitted) if submitted else None
     if submitted is not None and submitted.trials:
-        from cluster.sweep import table_of
+        from cluster.sweep_end import table_of
 
-        table = table_of(submitted, run)
+        table = table_of(submitted, run, has_ended=state is not None and state.word in ENDED)
         say(json.dumps(table.as_json()) if as_json else table.as_text())
         return 0
     if as_json:
@@ -125,9 +125,9 @@ def follow_job(submitted: Submitted, run: str) -> int:
         return 0
     say(f"{state.word}{f' ({state.detail})' if state.detail else ''}")
     if submitted.trials:
-        from cluster.sweep import table_of
+        from cluster.sweep_end import table_of
 
-        say(table_of(submitted, run).as_text())
+        say(table_of(submitted, run, has_ended=True).as_text())
     return state.exit_code if state.exit_code is not None else CODES[state.word]
 
 

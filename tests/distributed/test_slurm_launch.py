@@ -50,8 +50,9 @@ def submitted_job(launched: Finished) -> str:
     return launched.stdout.split("slurm job ")[1].split(";")[0]
 
 
-def launch(slurm: SlurmCluster, config: Path, *arguments: str) -> Finished:
-    return rddm("launch", "slurm", str(config), *arguments, cwd=config.parent, env=slurm.env)
+def launch(slurm: SlurmCluster, config: Path, *arguments: str, timeout_s: float = 120.0) -> Finished:
+    command = ["launch", "slurm", str(config), *arguments]
+    return rddm(*command, cwd=config.parent, env=slurm.env, timeout_s=timeout_s)
 
 
 def test_a_signalled_run_of_two_nodes_is_queued_again_and_ends_with_the_same_bits(data: str, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from cluster.settings import RayCluster
 from cluster.submission import Job, Submitted, find_submitted, plan_record, record_files, write_record, write_submitted
-from cluster.sweep import make_trials, split_sweep, table_of, with_parent
+from cluster.sweep import make_trials, split_sweep, with_parent
+from cluster.sweep_end import table_of
 from rddm_dist.config import load_config
 from rddm_dist.tracking.store import default_uri, open_client
 from rddm_dist.training.folder import run_folder

@@ -31,9 +31,9 @@ from cluster.sweep import (
     short,
     split_sweep,
     sweep_name,
-    table_of,
     with_parent,
 )
+from cluster.sweep_end import table_of
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from rddm_dist.config import load_config
 from rddm_dist.tracking.store import default_uri, open_client
@@ -305,6 +305,31 @@ def test_who_first_sees_that_all_are_done_keeps_the_table_and_ends_the_parent(co
     run = client.get_run(parent)
     assert (run.info.status, run.data.tags["rddm.best"]) == ("FINISHED", "s-0001")
     assert (Path(submitted.home) / "sweep.md").read_text() == table.as_markdown()
+
+
+def test_the_parent_is_ended_also_where_runs_have_failed_or_died(config: str) -> None:
+    path = Path(config)
+    path.write_text(path.read_text().replace("backend: none", "backend: mlflow"))
+    submitted = submit(config, make_trials(config, [], {"optim.lr": ["1e-4", "2e-4"]}, name="s"), parent=True)
+    record = submitted.record.local
+    client = open_client(default_uri(Path(submitted.home).parent))
+    parent = read_sweep(record / "sweep.json")[0].config.tracking.parent
+    ending = (sys.executable, "-m", "cluster.sweep_end", str(record / "sweep.json"))
+    write_run(submitted, "s-0000", metrics(10, train_loss=0.5), DONE)
+    write_run(submitted, "s-0001")
+    (record / "ended-s-0000").write_text("0\n")
+    early = run(ending, cwd=record)
+    assert (early.code, early.stdout, client.get_run(parent).info.status) == (0, "", "RUNNING"), early.text
+
+    table = table_of(submitted, submitted.home, has_ended=True)  # Slurm has no job any more
+    assert [row.status for row in table.rows] == ["done", "failed"]
+    assert "its job ended without a word" in (Path(submitted.home) / "sweep.md").read_text()
+    assert client.get_run(parent).info.status == "FAILED"
+
+    (record / "ended-s-0001").write_text("1\n")
+    last = run(ending, cwd=record)
+    assert last.code == 0 and "exit code 1; see rddm logs" in last.stdout, last.text
+    assert client.get_run(parent).info.status == "FAILED"
 
 
 def test_tune_is_given_trials_in_order_until_the_sweep_is_stopped() -> None:
