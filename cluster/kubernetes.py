@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cluster.kubernetes_job import CONTAINER
+from cluster.kubernetes_job import CONTAINER, RESUMABLE
 from cluster.kubernetes_manifest import MANIFEST_FILE, render
 from cluster.kubernetes_rayjob import HEAD
 from cluster.kubernetes_shape import Shape, check_seen, object_name, shape_of
@@ -27,7 +27,6 @@ from rddm_dist.training.stopping import STOPPED_FILE
 
 TIMEOUT_S = 60
 FOLLOW_S = 2.0
-RESUMABLE = 75
 DETAIL_CHARS = 200
 RAY_JOB, PLAIN_JOB = "rayjob", "job"  # keys of what finds a job again, and kinds as kubectl knows them
 OBJECTS = {RAY_JOB: "rayjob,configmap", PLAIN_JOB: "job,service,configmap"}

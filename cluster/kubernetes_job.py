@@ -10,6 +10,7 @@ from cluster.submission import Job, Record
 
 CONTAINER = "rddm"
 JOB_LABEL = "batch.kubernetes.io/job-name"
+RESUMABLE = 75  # exit code of a run that has saved and stopped
 
 
 def service(settings: KubernetesCluster, job: Job, record: Record) -> Manifest:
@@ -46,11 +47,9 @@ def plain_job(settings: KubernetesCluster, job: Job, record: Record, shape: Shap
         "backoffLimit": settings.retries * shape.pods,
         "podFailurePolicy": {
             "rules": [
-                {  # bad input, which no retry mends
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [2]},
-                },
+                _on_exit("FailJob", 2),  # bad input, which no retry mends
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                _on_exit("Ignore", RESUMABLE),  # saved, because another pod was evicted
             ]
         },
         "podReplacementPolicy": "Failed",
@@ -60,3 +59,7 @@ def plain_job(settings: KubernetesCluster, job: Job, record: Record, shape: Shap
     }
     named = metadata(settings, job, record, is_queued=True)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": named, "spec": spec}
+
+
+def _on_exit(action: str, code: int) -> Manifest:
+    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [code]}}

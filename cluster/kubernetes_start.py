@@ -67,11 +67,11 @@ def _torchrun_lines(settings: KubernetesCluster, job: Job, record: Record, shape
         f"--master-addr={master}", f"--rdzv-conf=timeout={JOIN_S}",
     ]  # fmt: skip
     torchrun, config = f"{PYTHON} -m rddm_dist.torchrun", shlex.quote(_config_of(job, record))
-    # Only a shell that has said so hears a signal as the first process of a container.
+    # Only a shell that has said so hears a signal as the first process of a container, and one that waits at once.
     yield "trap 'exit 143' TERM"
     yield f"set -- {' '.join(group)}"
     if settings.preflight:
-        yield f'{torchrun} "$@" --master-port={PREFLIGHT_PORT} -m cluster.preflight {config}'
+        yield f'{torchrun} "$@" --master-port={PREFLIGHT_PORT} -m cluster.preflight {config} & wait $!'
     work = " ".join(["-m rddm_dist.training", config, *_cache(settings)])
     yield f'exec {torchrun} "$@" --master-port={PORT} {work}'
 
