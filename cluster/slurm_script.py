@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from cluster.settings import SlurmCluster
+from cluster.settings import Container, SlurmCluster
 from cluster.submission import Job, Record
 from data_pipeline import storage
 
@@ -30,6 +30,7 @@ def render(cluster: SlurmCluster, job: Job, record: Record) -> str:
     parts = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(cluster, job, folder)),
+        "# shellcheck disable=SC2016,SC2054,SC2329  # for variables of bash -c, commas in options, traps",
         "set -u -o pipefail",
         "",
         *_settings(cluster, job, record, folder),
@@ -95,7 +96,24 @@ def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> I
         yield f'run={shlex.quote(parent)}/$trial config="$record/$trial.yaml"'
     else:
         yield f"run={shlex.quote(job.home)}"
+    if job.kind == "train" and not job.trials:
         yield 'config="$record/config.yaml"'
+    if job.kind == "train" or cluster.form == "ray":
+        yield from _meeting(cluster)
+    yield f"python=({shlex.join(_python(cluster, job, folder))})"
+    if cluster.form == "ray" and cluster.container is None and "/" in cluster.python:
+        yield "# ray symmetric-run looks for ray there."
+        yield f"export PATH={shlex.quote(cluster.python.rpartition('/')[0])}:$PATH"
+    yield f"srun_options=(--nodes={nodes_of(cluster, job)} --ntasks-per-node=1{_pyxis(cluster, job, folder)})"
+    if job.trials or (job.kind == "train" and not storage.is_local(job.home)):
+        step = 'srun --overlap "${srun_options[@]}" --nodes=1 ' if _pyxis(cluster, job, folder) else ""
+        yield f'here=({step}"${{python[@]}}")  # Python for the script itself'
+    if cluster.scratch:
+        yield f'export scratch="{cluster.scratch}"'
+
+
+def _meeting(cluster: SlurmCluster) -> Iterator[str]:
+    """Where the processes of the job meet: an address of the first node, on which the script runs."""
     if cluster.network:
         yield f"address=$(ip -4 -o addr show dev {shlex.quote(cluster.network)} | awk '{{print $4; exit}}')"
         yield "address=${address%/*}"
@@ -104,40 +122,31 @@ def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> I
     yield "address=${address:-127.0.0.1}  # of this node, the first of the job"
     yield f"port=$(({cluster.port} + SLURM_JOB_ID % {PORTS}))"
     yield 'while (: < "/dev/tcp/$address/$port") 2> /dev/null; do port=$((port + 1)); done  # somebody listens there'
-    yield f"python=({shlex.join(_python(cluster, job))})"
-    if cluster.form == "ray" and cluster.container is None and "/" in cluster.python:
-        yield "# ray symmetric-run looks for ray there."
-        yield f"export PATH={shlex.quote(cluster.python.rpartition('/')[0])}:$PATH"
-    yield f"srun_options=(--nodes={nodes_of(cluster, job)} --ntasks-per-node=1{_pyxis(cluster)})"
-    if job.trials or (job.kind == "train" and not storage.is_local(job.home)):
-        step = 'srun --overlap "${srun_options[@]}" --nodes=1 ' if _pyxis(cluster) else ""
-        yield f'here=({step}"${{python[@]}}")  # Python for the script itself'
-    if cluster.scratch:
-        yield f'export scratch="{cluster.scratch}"'
 
 
-def _python(cluster: SlurmCluster, job: Job) -> list[str]:
+def _python(cluster: SlurmCluster, job: Job, folder: str) -> list[str]:
     """Python with rddm-dist, inside apptainer's container where there is one."""
     container = cluster.container
     if container is None or container.engine != "apptainer":
         return [cluster.python]
-    mounts = [part for mount in _mounts(cluster, job) for part in ("--bind", mount)]
+    mounts = [part for mount in _mounts(container, job, folder) for part in ("--bind", mount)]
     gpus = ["--nv"] if job.gpus_per_worker else []
     return ["apptainer", "exec", *gpus, *mounts, *container.options, container.image, cluster.python]
 
 
-def _mounts(cluster: SlurmCluster, job: Job) -> list[str]:
-    assert cluster.container is not None
-    own = [job.home.rpartition("/")[0]] if storage.is_local(job.home) else []
-    return [*own, *cluster.container.mounts]
+def _mounts(container: Container, job: Job, folder: str) -> list[str]:
+    """The run folders come by themselves; of runs at a URL the record of the launch."""
+    own = job.home.rpartition("/")[0] if storage.is_local(job.home) else folder
+    return [own, *container.mounts]
 
 
-def _pyxis(cluster: SlurmCluster) -> str:
+def _pyxis(cluster: SlurmCluster, job: Job, folder: str) -> str:
+    """Options of srun that start what it starts inside pyxis' container."""
     container = cluster.container
     if container is None or container.engine != "pyxis":
         return ""
-    mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts)
-    options = [f"--container-image={container.image}", *([f"--container-mounts={mounts}"] if mounts else [])]
+    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in _mounts(container, job, folder)]
+    options = [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
     return " " + shlex.join([*options, *container.options])
 
 
@@ -233,13 +242,14 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield "# Ray processes of this user would be taken for ours, and be stopped at the end."
     yield 'stray=$(srun "${srun_options[@]}" bash -c \'pgrep -u "$(id -u)" -x raylet > /dev/null && hostname; true\')'
     yield 'if [ -n "$stray" ]; then'
-    yield '  echo "error: Ray runs already on" $stray "(of $(id -un)); run ray stop there, or exclude it" >&2'
+    yield "  stray=${stray//$'\\n'/ }"
+    yield '  echo "error: Ray runs already on $stray (of $(id -un)); run ray stop there, or exclude it" >&2'
     yield "  ended 2"
     yield "fi"
     yield f"export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={cluster.wait_s}"
     yield "export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token"
     yield "RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
-    yield "export RAY_AUTH_TOKEN config record"
+    yield f"export RAY_AUTH_TOKEN{' config' if job.kind == 'train' else ''}"
     yield "# What the command on the first node ended with: ray symmetric-run itself ends with 0 where Ray fails."
     yield 'export said="$record/exit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
     yield "on_first_node='"
