@@ -22,7 +22,8 @@ from rddm_dist.cli.launch import make_job
 from rddm_dist.config import load_config, to_yaml
 from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
-from tests.support.manifests import GOLDEN, load_all, manifest_of, problems_together
+from tests.support.manifest_schemas import GOLDEN
+from tests.support.manifests import load_all, manifest_of, problems_together
 from tests.support.servers import lead_to, make_bucket, s3_server
 
 CLUSTERS = sorted(path.parent.name for path in GOLDEN.glob("*/cluster.yaml"))

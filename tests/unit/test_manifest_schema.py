@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support.manifests import (
-    CRDS,
-    GOLDEN,
-    load_all,
-    problems,
-    problems_together,
-    reduce_schema,
-    write_reduced,
-)
+from tests.support.manifests import load_all, problems, problems_together
 
 RAY_JOB = """
 apiVersion: ray.io/v1
@@ -29,24 +19,12 @@ metadata:
   namespace: research
   labels: {kueue.x-k8s.io/queue-name: gpu-queue, kueue.x-k8s.io/priority-class: low}
 spec:
-  submissionMode: K8sJobMode
+  submissionMode: HTTPMode
   entrypoint: rddm train /etc/rddm/config.yaml --run denoise-1
-  entrypointNumCpus: 1
-  entrypointResources: '{"head": 0.1}'
-  runtimeEnvYAML: |
-    env_vars:
-      RAY_USAGE_STATS_ENABLED: "0"
   backoffLimit: 3
   suspend: true
   shutdownAfterJobFinishes: true
   ttlSecondsAfterFinished: 600
-  preRunningDeadlineSeconds: 3600
-  submitterConfig: {backoffLimit: 0}
-  submitterPodTemplate:
-    spec:
-      restartPolicy: Never
-      containers:
-      - {name: submit, image: registry.example/rddm@sha256:0123}
   rayClusterSpec:
     rayVersion: 2.60.0
     authOptions: {mode: token, secretName: ray-token}
@@ -54,9 +32,6 @@ spec:
     autoscalerOptions:
       version: v2
       idleTimeoutSeconds: 120
-      env: [{name: LOG_LEVEL, value: info}]
-      volumeMounts: [{name: runs, mountPath: /runs}]
-      resources: {requests: {cpu: 500m, memory: 512Mi}, limits: {cpu: 500m, memory: 512Mi}}
     headGroupSpec:
       rayStartParams: {dashboard-host: 0.0.0.0, num-cpus: "0"}
       template:
@@ -86,8 +61,6 @@ spec:
       replicas: 2
       minReplicas: 0
       maxReplicas: 4
-      numOfHosts: 1
-      idleTimeoutSeconds: 60
       rayStartParams: {}
       template:
         spec:
@@ -130,8 +103,7 @@ spec:
   completionMode: Indexed
   completions: 2
   parallelism: 2
-  backoffLimitPerIndex: 4
-  maxFailedIndexes: 0
+  backoffLimit: 8
   podReplacementPolicy: Failed
   podFailurePolicy:
     rules:
@@ -188,22 +160,6 @@ def container(**fields: Any) -> dict[str, Any]:
     return {"name": "other", "image": "registry.example/rddm:0.1.0", **fields}
 
 
-RULES_MODE = {"spec.shutdownAfterJobFinishes": ABSENT, "spec.ttlSecondsAfterFinished": ABSENT, "spec.suspend": ABSENT}
-RULES_MODE |= {"metadata.labels": {}}
-SHARED = {"spec.rayClusterSpec": ABSENT, "spec.clusterSelector": {"ray.io/cluster": "shared"}, "spec.backoffLimit": 0}
-NOT_INDEXED = {"spec.completionMode": ABSENT, "spec.backoffLimitPerIndex": ABSENT, "spec.maxFailedIndexes": ABSENT}
-
-
-def rule(policy: str, seconds: int = 0, **condition: str) -> dict[str, Any]:
-    return {"policy": policy, "condition": {"ttlSeconds": seconds, **(condition or {"jobStatus": "FAILED"})}}
-
-
-def strategy(*rules: dict[str, Any]) -> dict[str, Any]:
-    return {"spec.deletionStrategy": {"deletionRules": list(rules)}}
-
-
-TEMPLATE_OF_SUBMITTER = {"spec.submitterPodTemplate": ABSENT, "spec.submitterConfig": ABSENT}
-
 # (changes of the good manifest, the path and some words of the only problem)
 RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     # schema
@@ -218,9 +174,7 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"spec.backoffLimit": 3.0}, "spec.backoffLimit", "3.0 is not of type 'integer'"),
     ({"spec.backoffLimit": True}, "spec.backoffLimit", "True is not of type 'integer'"),
     ({"spec.backoffLimit": 2**31}, "spec.backoffLimit", "greater than the maximum"),
-    ({"spec.preRunningDeadlineSeconds": 0}, "spec.preRunningDeadlineSeconds", "less than the minimum"),
     ({"spec.submissionMode": "JobMode"}, "spec.submissionMode", "'JobMode' is not one of"),
-    ({"spec.managedBy": "me"}, "spec.managedBy", "kueue.x-k8s.io/multikueue"),
     ({"spec.suspend": None}, "spec.suspend", "None is not of type 'boolean'"),
     ({f"{GROUP}.groupName": ABSENT}, f"{GROUP}.groupName", "missing"),
     ({f"{GROUP}.replica": 2}, f"{GROUP}.replica", "near: replicas"),
@@ -239,7 +193,6 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
         f"{HEAD_POD}.containers[1]",
         '"ray-head" is given twice',
     ),
-    ({f"{HEAD}.headService": {"status": {}}}, f"{HEAD}.headService.status", "unknown field"),
     ({f"{HEAD}.rayStartParams": {"num-cpus": 0}}, f"{HEAD}.rayStartParams.num-cpus", "0 is not of type 'string'"),
     # names and labels
     ({"metadata.name": "1st"}, "metadata.name", "DNS-1035 label of at most 47"),
@@ -266,11 +219,6 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
         {f"{WORKER_POD}.volumes[0].hostPath": {"path": "/dev/shm"}},
         f"{WORKER_POD}.volumes[0]",
         "exactly one source, given 2",
-    ),
-    (
-        {"spec.rayClusterSpec.autoscalerOptions.volumeMounts[0].name": "shm"},
-        "spec.rayClusterSpec.autoscalerOptions.volumeMounts[0].name",
-        "there are: config, runs",
     ),
     # resources
     ({f"{WORKER}.resources.requests.cpu": "8100m"}, f"{WORKER}.resources.requests.cpu", "8100m exceeds limit 8"),
@@ -302,11 +250,6 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
         f"{WORKER}.env[0].value",
         "WANDB_API_KEY looks like a secret",
     ),
-    (
-        {"spec.rayClusterSpec.autoscalerOptions.env[0]": {"name": "RAY_AUTH_TOKEN", "value": "abc"}},
-        "spec.rayClusterSpec.autoscalerOptions.env[0].value",
-        "secret",
-    ),
     ({f"{WORKER}.env": [{"name": "A"}]}, f"{WORKER}.env[0]", "either value or valueFrom"),
     (
         {f"{HEAD_CONTAINER}.env[1].value": ""},
@@ -324,51 +267,21 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
         f"{WORKER}.env[0].value",
         "password inside a URL",
     ),
-    ({"spec.runtimeEnvYAML": "env_vars: {HF_TOKEN: abc}"}, "spec.runtimeEnvYAML env_vars.HF_TOKEN", "secret"),
     ({f"{HEAD}.rayStartParams|redis-password": "abc"}, f"{HEAD}.rayStartParams.redis-password", "secret"),
+    # what KubeRay takes, under conditions that nobody has written down here
+    ({"spec.submitterConfig": {"backoffLimit": 0}}, "spec.submitterConfig", "no rule here does"),
+    ({f"{GROUP}.numOfHosts": 2}, f"{GROUP}.numOfHosts", "no rule here does"),
+    ({f"{HEAD}.resources": {"CPU": "0"}}, f"{HEAD}.resources", "no rule here does"),
     (
-        {"spec.rayClusterSpec.gcsFaultToleranceOptions": {"redisAddress": "r:1", "redisPassword": {"value": "abc"}}},
-        "spec.rayClusterSpec.gcsFaultToleranceOptions.redisPassword.value",
-        "valueFrom",
+        {"spec.rayClusterSpec.autoscalerOptions.env": []},
+        "spec.rayClusterSpec.autoscalerOptions.env",
+        "no rule here does",
     ),
     # the job
-    ({"spec.rayClusterSpec": ABSENT}, "spec", "either rayClusterSpec or clusterSelector"),
+    ({"spec.submissionMode": "K8sJobMode"}, "spec.submissionMode", "another pod follows the job"),
     ({"spec.entrypoint": ABSENT}, "spec.entrypoint", "missing"),
     ({"spec.backoffLimit": -1}, "spec.backoffLimit", "negative"),
     ({"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "positive"),
-    ({"spec.submitterConfig.backoffLimit": -1}, "spec.submitterConfig.backoffLimit", "negative"),
-    ({"spec.entrypointResources": "head=1"}, "spec.entrypointResources", "JSON object"),
-    ({"spec.runtimeEnvYAML": "a: [1"}, "spec.runtimeEnvYAML", "flow sequence"),
-    ({"spec.runtimeEnvYAML": "pip"}, "spec.runtimeEnvYAML", "not a mapping"),
-    ({"spec.runtimeEnvYAML": "env_vars: []"}, "spec.runtimeEnvYAML", "mapping"),
-    ({"spec.runtimeEnvYAML": "env_vars: {A: 0}"}, "spec.runtimeEnvYAML env_vars.A", "quotes"),
-    ({"spec.submitterPodTemplate.spec.restartPolicy": ABSENT}, "spec.submitterPodTemplate.spec.restartPolicy", "Never"),
-    (
-        {"spec.submissionMode": "HTTPMode"},
-        "spec.submitterPodTemplate",
-        "cannot be had with HTTPMode",
-    ),
-    (
-        {"spec.submitterPodTemplate": ABSENT, "spec.submissionMode": "SidecarMode"},
-        "spec.submitterConfig",
-        "cannot be had with SidecarMode",
-    ),
-    (
-        TEMPLATE_OF_SUBMITTER
-        | {
-            "spec.submissionMode": "SidecarMode",
-            "spec.rayClusterSpec.enableInTreeAutoscaling": False,
-            f"{GROUP}.idleTimeoutSeconds": ABSENT,
-            f"{HEAD_POD}.restartPolicy": "Always",
-        },
-        f"{HEAD_POD}.restartPolicy",
-        "Never with SidecarMode",
-    ),
-    (
-        TEMPLATE_OF_SUBMITTER | {"spec.submissionMode": "InteractiveMode"},
-        "spec.backoffLimit",
-        "cannot be had with InteractiveMode",
-    ),
     (
         {"spec.rayClusterSpec.authOptions": {"enableK8sTokenAuth": True}},
         "spec.rayClusterSpec.authOptions.enableK8sTokenAuth",
@@ -385,110 +298,19 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
         "spec.shutdownAfterJobFinishes",
         "Kueue",
     ),
-    (
-        RULES_MODE | {"spec.ttlSecondsAfterFinished": 5},
-        "spec.ttlSecondsAfterFinished",
-        "needs shutdownAfterJobFinishes",
-    ),
-    (
-        SHARED,
-        "spec.clusterSelector",
-        "Kueue",
-    ),
-    (
-        RULES_MODE | {"spec.rayClusterSpec": ABSENT, "spec.clusterSelector": {"ray.io/cluster": "shared"}},
-        "spec.backoffLimit",
-        "cannot be had with clusterSelector",
-    ),
-    (
-        RULES_MODE | {"spec.rayClusterSpec": ABSENT, "spec.clusterSelector": {"a": "b"}, "spec.backoffLimit": 0},
-        "spec.clusterSelector",
-        "needs ray.io/cluster",
-    ),
-    (
-        RULES_MODE | TEMPLATE_OF_SUBMITTER | SHARED | {"spec.submissionMode": "SidecarMode"},
-        "spec.submissionMode",
-        "SidecarMode cannot be had with clusterSelector",
-    ),
     # deletion
-    (
-        {"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteNone"}, "onFailure": {"policy": "DeleteSelf"}}},
-        "spec.deletionStrategy",
-        "DeleteNone cannot be had",
-    ),
-    (RULES_MODE | SHARED | strategy(rule("DeleteCluster")), "spec.deletionStrategy", "only the own cluster"),
-    (strategy(rule("DeleteCluster")), "spec.deletionStrategy.deletionRules", "shutdownAfterJobFinishes"),
-    (RULES_MODE | {"spec.deletionStrategy": {}}, "spec.deletionStrategy", "needs deletionRules"),
-    (
-        RULES_MODE
-        | {
-            "spec.deletionStrategy": {
-                "onSuccess": {"policy": "DeleteSelf"},
-                "onFailure": {"policy": "DeleteNone"},
-                "deletionRules": [rule("DeleteSelf")],
-            }
-        },
-        "spec.deletionStrategy.deletionRules",
-        "onSuccess",
-    ),
-    (RULES_MODE | strategy(rule("DeletePods")), "spec.deletionStrategy.deletionRules[0].policy", "'DeletePods'"),
-    (RULES_MODE | strategy(rule("DeleteWorkers")), "spec.deletionStrategy", "autoscaling"),
-    (
-        RULES_MODE | strategy(rule("DeleteSelf", jobStatus="FAILED", jobDeploymentStatus="Failed")),
-        "spec.deletionStrategy.deletionRules[0].condition",
-        "not both",
-    ),
-    (
-        RULES_MODE | strategy({"policy": "DeleteSelf", "condition": {}}),
-        "spec.deletionStrategy.deletionRules[0].condition",
-        "jobStatus or jobDeploymentStatus",
-    ),
-    (
-        RULES_MODE | strategy(rule("DeleteSelf", 60), rule("DeleteCluster", 90)),
-        "spec.deletionStrategy.deletionRules[1].condition.ttlSeconds",
-        "then the cluster",
-    ),
-    (
-        RULES_MODE | strategy(rule("DeleteCluster", 90), rule("DeleteSelf", 60)),
-        "spec.deletionStrategy.deletionRules[1].condition.ttlSeconds",
-        "then the cluster",
-    ),
-    (
-        RULES_MODE | strategy(rule("DeleteSelf"), rule("DeleteSelf")),
-        "spec.deletionStrategy.deletionRules[1]",
-        "given twice",
-    ),
     # the cluster
     (
         {"spec.rayClusterSpec.autoscalerOptions.idleTimeoutSeconds": -1},
         "spec.rayClusterSpec.autoscalerOptions.idleTimeoutSeconds",
         "negative",
     ),
-    (
-        {"spec.rayClusterSpec.autoscalerOptions.env[1]": {"name": "LOG_LEVEL", "value": "debug"}},
-        "spec.rayClusterSpec.autoscalerOptions.env[1].name",
-        "LOG_LEVEL is given twice",
-    ),
-    ({f"{GROUP}.idleTimeoutSeconds": -1}, f"{GROUP}.idleTimeoutSeconds", "negative"),
-    (
-        {
-            "spec.rayClusterSpec.autoscalerOptions.version": ABSENT,
-            f"{GROUP}.idleTimeoutSeconds": ABSENT,
-            f"{GROUP}.priority": 1,
-        },
-        f"{GROUP}.priority",
-        "version: v2",
-    ),
     ({"spec.rayClusterSpec.rayVersion": ABSENT}, "spec.rayClusterSpec.rayVersion", "version of Ray in the image"),
     ({"spec.rayClusterSpec.rayVersion": "2.51.0"}, "spec.rayClusterSpec.rayVersion", "needs Ray 2.52"),
     ({f"{GROUP}.minReplicas": 5}, f"{GROUP}.minReplicas", "5 exceeds maxReplicas 4"),
     ({f"{GROUP}.minReplicas": -1}, f"{GROUP}.minReplicas", "negative"),
     ({f"{GROUP}.replicas": 5}, f"{GROUP}.replicas", "5 is not within 0 to 4"),
-    ({f"{GROUP}.numOfHosts": 0}, f"{GROUP}.numOfHosts", "positive"),
-    ({f"{GROUP}.suspend": True}, f"{GROUP}.suspend", "autoscaling"),
-    ({"spec.rayClusterSpec.autoscalerOptions.version": "v1"}, f"{GROUP}.idleTimeoutSeconds", "version: v2"),
     ({f"{WORKER_POD}.restartPolicy": "OnFailure"}, f"{WORKER_POD}.restartPolicy", "Never with the autoscaler v2"),
-    ({f"{HEAD}.resources": {"CPU": "0"}}, f"{HEAD}.resources", "rayStartParams"),
     ({f"{GROUP}.rayStartParams": {"labels": "a=b"}}, f"{GROUP}.rayStartParams.labels", "labels of the group"),
     (
         {
@@ -503,29 +325,16 @@ RAY_JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 JOB_FAULTS: list[tuple[dict[str, Any], str, str]] = [
-    (
-        NOT_INDEXED | {"spec.successPolicy": {"rules": [{"succeededCount": 1}]}},
-        "spec.successPolicy",
-        "needs completionMode Indexed",
-    ),
-    (
-        {"spec.backoffLimitPerIndex": ABSENT, "spec.maxFailedIndexes": ABSENT, f"{RULE}.action": "FailIndex"},
-        f"{RULE}.action",
-        "needs backoffLimitPerIndex",
-    ),
+    ({"spec.backoffLimitPerIndex": 1}, "spec.backoffLimitPerIndex", "no rule here knows it"),
+    ({"spec.completionMode": ABSENT}, "spec.completionMode", "no index"),
     ({"spec.template": ABSENT}, "spec.template", "missing"),
     ({"spec.completion": 2}, "spec.completion", "near: completions"),
-    ({"spec.backoffLimitPerIndex": -1}, "spec.backoffLimitPerIndex", "less than the minimum"),
     ({"spec.completionMode": "indexed"}, "spec.completionMode", "'indexed' is not one of"),
     ({f"{POD}.containers[0].cmd": []}, f"{POD}.containers[0].cmd", "unknown field"),
-    ({f"{POD}.restartPolicy": ABSENT}, f"{POD}.restartPolicy", "Never or OnFailure"),
-    ({f"{POD}.restartPolicy": "OnFailure"}, f"{POD}.restartPolicy", "Never with backoffLimitPerIndex"),
+    ({f"{POD}.restartPolicy": ABSENT}, f"{POD}.restartPolicy", "Never with podFailurePolicy"),
     ({"spec.completions": ABSENT}, "spec.completions", "Indexed needs it"),
     ({"metadata.name": "a" * 62}, "spec.completions", "exceeds 63"),
     ({"metadata.name": "Denoise"}, "metadata.name", "DNS-1123 label"),
-    ({"spec.completionMode": "NonIndexed"}, "spec.backoffLimitPerIndex", "needs completionMode Indexed"),
-    ({"spec.backoffLimitPerIndex": ABSENT}, "spec.maxFailedIndexes", "needs backoffLimitPerIndex"),
-    ({"spec.selector": {"matchLabels": {"a": "b"}}}, "spec.selector", "manualSelector"),
     ({"spec.podReplacementPolicy": "TerminatingOrFailed"}, "spec.podReplacementPolicy", "Failed with podFailurePolicy"),
     ({"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "positive"),
     ({f"{RULE}.onExitCodes.values": [0]}, f"{RULE}.onExitCodes.values", "0 is no failure"),
@@ -588,10 +397,6 @@ def test_one_fault_is_one_problem_at_its_path(
 @pytest.mark.parametrize(
     "changes",
     [
-        RULES_MODE
-        | strategy(rule("DeleteCluster", 60), rule("DeleteSelf", 90), rule("DeleteSelf", 5, jobStatus="SUCCEEDED")),
-        {"spec.deletionStrategy": {"onSuccess": {"policy": "DeleteSelf"}, "onFailure": {"policy": "DeleteCluster"}}},
-        RULES_MODE | SHARED,
         {f"{HEAD_CONTAINER}.env[0].value": "0", f"{HEAD_POD}.terminationGracePeriodSeconds": ABSENT},
         {f"{GROUP}.minReplicas": ABSENT, f"{GROUP}.maxReplicas": ABSENT},
         {f"{WORKER}.env": [{"name": "TOKENIZERS_PARALLELISM", "value": "false"}]},
@@ -602,15 +407,6 @@ def test_one_fault_is_one_problem_at_its_path(
 )
 def test_what_the_servers_take_is_no_problem(changes: dict[str, Any]) -> None:
     assert problems(changed(RAY_JOB, changes, "RayJob")) == []
-
-
-def test_a_ray_cluster_is_checked_like_that_of_a_job() -> None:
-    cluster = load_all(RAY_JOB)[0]["spec"]["rayClusterSpec"]
-    manifest = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "shared"}, "spec": cluster}
-    assert problems(manifest) == []
-    cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["image"] = "rddm"
-    assert len(problems(manifest)) == 1
-    assert problems(manifest)[0].startswith("spec.workerGroupSpecs[0].template.spec.containers[0].image: 'rddm'")
 
 
 def test_several_faults_are_all_told() -> None:
@@ -655,64 +451,3 @@ def test_doubtful_yaml_is_refused(text: str, words: str) -> None:
 def test_words_without_quotes_are_read_as_kubectl_reads_them() -> None:
     values = load_all("a: [1e-4, 1e3, y, N, on, 0.5, 12, 1.0.0, 1Gi, 500m, yes please, x-y]")[0]["a"]
     assert values == [1e-4, 1000.0, True, False, True, 0.5, 12, "1.0.0", "1Gi", "500m", "yes please", "x-y"]
-
-
-def test_reduction_closes_what_the_server_prunes() -> None:
-    reduced = reduce_schema(
-        {
-            "description": "words",
-            "type": "object",
-            "required": ["port", "name"],
-            "properties": {
-                "name": {"type": "string", "default": "x"},
-                "port": {"anyOf": [{"type": "integer"}, {"type": "string"}], "x-kubernetes-int-or-string": True},
-                "free": {"type": "object", "properties": {}, "x-kubernetes-preserve-unknown-fields": True},
-                "mode": {"type": "string", "x-kubernetes-validations": [{"rule": "self in ['a', 'b']", "message": ""}]},
-                "restartPolicy": {"type": "string"},
-                "ports": {
-                    "type": "array",
-                    "items": {"type": "object", "properties": {"protocol": {"type": "string", "default": "TCP"}}},
-                    "x-kubernetes-list-type": "map",
-                    "x-kubernetes-list-map-keys": ["protocol"],
-                },
-            },
-        }
-    )
-    assert reduced["additionalProperties"] is False
-    assert reduced["required"] == ["port"]
-    fields = reduced["properties"]
-    assert fields["name"] == {"type": "string"}
-    assert fields["port"] == {"type": ["integer", "string"]}
-    assert "additionalProperties" not in fields["free"]
-    assert fields["mode"]["enum"] == ["a", "b"]
-    assert fields["restartPolicy"]["enum"] == ["Always", "Never", "OnFailure"]
-    assert fields["ports"]["x-unique-by"] == {"protocol": "TCP"}
-    assert fields["ports"]["items"]["additionalProperties"] is False
-
-
-def test_every_object_of_the_schemas_is_closed_and_every_reference_is_there() -> None:
-    definitions = {}
-    for name in ("ray.json", "plain.json"):
-        definitions |= json.loads((GOLDEN / name).read_text())["$defs"]
-
-    def check(schema: dict[str, Any], path: str) -> None:
-        if "$ref" in schema:
-            assert schema["$ref"].removeprefix("#/$defs/") in definitions, path
-        if schema.get("type") == "object":
-            assert "additionalProperties" in schema, path
-        for name, part in schema.get("properties", {}).items():
-            check(part, f"{path}.{name}")
-        for name in ("items", "additionalProperties"):
-            if isinstance(schema.get(name), dict):
-                check(schema[name], f"{path}.{name}")
-
-    for name, schema in definitions.items():
-        check(schema, name)
-
-
-def test_the_schemas_are_those_of_the_definitions(tmp_path: Path) -> None:
-    folder = Path(__file__).resolve().parents[3] / "shared" / "kubernetes"
-    if not all((folder / name).is_file() for name in CRDS.values()):
-        pytest.skip("KubeRay's definitions are not there: shared/kubernetes beside the checkout")
-    write_reduced(folder, tmp_path / "ray.json")
-    assert (tmp_path / "ray.json").read_text() == (GOLDEN / "ray.json").read_text()
