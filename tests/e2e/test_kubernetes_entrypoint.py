@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kubernetes import rayjob_state
 from cluster.kubernetes_start import PREFLIGHT_PORT
+from cluster.kubernetes_states import rayjob_state
 from cluster.launch import JobState
 from tests.support.datasets import make_dataset
 from tests.support.manifests import load_all, manifest_of, problems_together

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.kubernetes import Forbidden, explain, is_first, job_state, rayjob_state, why_waiting
+from cluster.kubernetes_states import Forbidden, explain, is_first, job_state, rayjob_state, why_waiting
 from cluster.launch import JobState
 
 QUEUE = {"labels": {"kueue.x-k8s.io/queue-name": "team-a"}}
@@ -32,7 +32,7 @@ RAYJOBS: dict[str, tuple[dict[str, Any], JobState]] = {
     ),
     "not submitted yet": (rayjob("Running"), JobState("pending")),
     "runs": (rayjob("Running", "RUNNING"), JobState("running")),
-    "runs again": (rayjob("Running", "RUNNING", failed=1), JobState("running", "1 of 4 starts have failed")),
+    "runs again": (rayjob("Running", "RUNNING", failed=1), JobState("running", "1 of 4 starts has failed")),
     "between starts": (
         rayjob("Retrying", failed=2, rayClusterStatus=WORKERS),
         JobState("pending", "2 of 4 starts have failed; 1 of 4 worker pods are ready"),
