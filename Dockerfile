@@ -4,9 +4,10 @@
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# DeepSpeed compiles a small operator: at build time here, and again where the machine differs.
+# DeepSpeed compiles a small operator: at build time here, and again where the machine differs. KubeRay before 1.6 asks
+# pods how they are with wget.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ make \
+ && apt-get install -y --no-install-recommends g++ make wget \
  && rm -rf /var/lib/apt/lists/*
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

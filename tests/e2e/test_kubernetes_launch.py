@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from tests.e2e.conftest import Here
 from tests.support.datasets import make_dataset
 from tests.support.manifest_schemas import GOLDEN
 from tests.support.manifests import load_all, manifest_of, problems_together
+from tests.support.processes import ROOT
 from tests.support.servers import lead_to, make_bucket, s3_server
 
 CLUSTERS = sorted(path.parent.name for path in GOLDEN.glob("*/cluster.yaml"))
@@ -91,6 +93,20 @@ def test_the_manifest_of_a_typical_cluster(name: str, here: Here, bucket: None, 
     assert problems_together(load_all(manifest)) == []
 
 
+def test_the_cluster_file_that_comes_with_the_code_is_good_also_with_all_that_it_suggests(
+    here: Here, tmp_path: Path
+) -> None:
+    text = (ROOT / "configs" / "cluster" / "kubernetes.yaml").read_text()
+    shutil.copy(GOLDEN / "train.yaml", tmp_path)
+    for name, content in (("as-it-is", text), ("with-all", re.sub(r"(?m)^# (\w+: )", r"\1", text))):
+        (tmp_path / f"{name}.yaml").write_text(content)
+        shown = here("launch", "kubernetes", "train.yaml", "--cluster", f"{name}.yaml", "--workers", 16, "--dry-run")
+        assert shown.code == 0, shown.text
+        manifest = manifest_of(shown.stdout)
+        assert problems_together(load_all(manifest)) == []
+        assert ("fsGroup: 1000" in manifest) == (name == "with-all")
+
+
 @needs_kubectl
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_kubectl_reads_the_manifest_as_it_was_meant(name: str) -> None:
@@ -126,6 +142,8 @@ def test_no_secret_of_the_environment_is_written_anywhere(here: Here, bucket: No
     """Pods get the credentials of a bucket from a Secret: the launch folder has them neither here nor there."""
     shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
     shown = here(*command_of("gpus-s3-kueue"))
+    # Uncommitted changes of the code are shown too, and these secrets may be among them.
+    printed = [part for part in shown.text.split("# ---- ") if not part.partition("\n")[0].endswith("code.patch")]
     cluster = load_cluster("gpus-s3-kueue/cluster.yaml")
     overrides = ["train.yaml", "data.uri=s3://vision/data/rain/train"]
     job = make_job("train", overrides, cluster, workers=16, gpus_per_worker=1, storage="", run="secretive", sweep=[])
@@ -140,7 +158,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(here: Here, bucket: No
     written = [storage.read_bytes(f"{launch}/{name}").decode() for name in names if name != "code.patch"]
     written += [path.read_text() for path in plan.record.local.iterdir() if path.name != "code.patch"]
     secrets = {*SECRETS.values(), os.environ["AWS_ACCESS_KEY_ID"]}
-    assert [value for value in secrets for text in (shown.text, *written) if value in text] == []
+    assert [value for value in secrets for text in (*printed, *written) if value in text] == []
     assert "secretRef" in manifest_of(shown.stdout) and "s3-credentials" in manifest_of(shown.stdout)
 
 

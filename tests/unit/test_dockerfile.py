@@ -34,3 +34,8 @@ def test_packages_leave_no_lists_and_the_user_is_not_root() -> None:
         if "apt-get install" in run:
             assert "--no-install-recommends" in run and "rm -rf /var/lib/apt/lists/*" in run
     assert arguments("USER")[-1] not in ("root", "0")
+
+
+def test_kuberay_finds_what_it_probes_pods_with() -> None:
+    assert any("apt-get install" in run and "wget" in run.split() for run in arguments("RUN"))
+    assert "-slim-" in arguments("ARG")[0]  # of Debian: with bash, which starts Ray in its pods
