@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rddm_dist.config import Config
 
 EPILOG = (
-    "Example: rddm launch slurm configs/train/derain.yaml --cluster configs/cluster/slurm.yaml --workers 16 --dry-run; "
+    "Example: rddm launch slurm configs/train/derain.yaml --cluster configs/cluster/slurm.yaml --workers 8 --dry-run; "
     "rddm launch ray --job evaluate runs/derain --data data/test --cluster configs/cluster/ray.yaml --workers 8"
 )
 ARGUMENTS_HELP = "CONFIG and section.key=value overrides; of other jobs what follows rddm JOB"

@@ -25,7 +25,7 @@ from tests.support.ray_nodes import RayNodes
 from tests.support.runs import write_config
 from tests.support.servers import wait_until
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(400)
 
 STEPS = "train.steps=60"
 # On a node: a launch's ConfigMap where pods have it, and the names of the nodes as before.
@@ -90,6 +90,7 @@ def wait_for_step(run_dir: Path, step: int, pods: list[Pod]) -> None:
     wait_until(has_come, timeout_s=90)
 
 
+@pytest.mark.slow
 def test_an_evicted_pod_saves_with_the_other_and_new_pods_go_on(data: str, tmp_path: Path) -> None:
     """What comes out are the bits of an undisturbed run."""
     run_dir = tmp_path / "runs" / "tiny"
@@ -139,6 +140,7 @@ def test_bad_input_ends_the_job_for_good(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_entry_point_of_a_rayjob_saves_on_sigterm_and_goes_on_when_submitted_again(
     data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -93,18 +93,24 @@ def test_the_manifest_of_a_typical_cluster(name: str, here: Here, bucket: None, 
     assert problems_together(load_all(manifest)) == []
 
 
-def test_the_cluster_file_that_comes_with_the_code_is_good_also_with_all_that_it_suggests(
+def test_the_cluster_files_that_come_with_the_code_are_good_for_the_command_they_name(
     here: Here, tmp_path: Path
 ) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for kind in ("kubernetes", "slurm", "ray"):
+        lines = (tmp_path / "configs" / "cluster" / f"{kind}.yaml").read_text().splitlines()
+        shown = here(*shlex.split(lines[1].removeprefix("#   rddm ")))
+        assert shown.code == 0 and "# ---- to submit" in shown.stdout, shown.text
+
+
+def test_what_the_cluster_file_suggests_is_good(here: Here, tmp_path: Path) -> None:
     text = (ROOT / "configs" / "cluster" / "kubernetes.yaml").read_text()
+    (tmp_path / "all.yaml").write_text(re.sub(r"(?m)^# (\w+: )", r"\1", text))
     shutil.copy(GOLDEN / "train.yaml", tmp_path)
-    for name, content in (("as-it-is", text), ("with-all", re.sub(r"(?m)^# (\w+: )", r"\1", text))):
-        (tmp_path / f"{name}.yaml").write_text(content)
-        shown = here("launch", "kubernetes", "train.yaml", "--cluster", f"{name}.yaml", "--workers", 16, "--dry-run")
-        assert shown.code == 0, shown.text
-        manifest = manifest_of(shown.stdout)
-        assert problems_together(load_all(manifest)) == []
-        assert ("fsGroup: 1000" in manifest) == (name == "with-all")
+    shown = here("launch", "kubernetes", "train.yaml", "--cluster", "all.yaml", "--workers", 16, "--dry-run")
+    assert shown.code == 0, shown.text
+    manifest = manifest_of(shown.stdout)
+    assert problems_together(load_all(manifest)) == [] and "fsGroup: 1000" in manifest
 
 
 @needs_kubectl
