@@ -99,9 +99,7 @@ def test_what_the_cluster_cannot_do_is_one_line_before_anything_is_submitted(clu
     folder = launches.folder
     refused(launches.run("--workers", "3"), "--workers 3 with 1 CPU each do not fit", "2 node(s) with room for 2")
     gpus = launches.run("--gpus-per-worker", "1")
-    refused(
-        gpus, "--workers 2 with 1 CPU and 1 GPU each do not fit", "with room for 0; lower --workers"
-    )
+    refused(gpus, "--workers 2 with 1 CPU and 1 GPU each do not fit", "with room for 0; lower --workers")
     (folder / "file").touch()
     refused(launches.run("--storage", str(folder / "file")), f"{folder / 'file'}", "cannot be written", "--storage")
 
