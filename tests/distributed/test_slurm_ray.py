@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.pack import pack
+from data_pipeline.sources import find_pairs
 from rddm_dist.model.weights import load_safetensors
 from tests.distributed.test_slurm_launch import cluster_file, events, launch, submitted_job
-from tests.support.datasets import make_dataset
+from tests.support.datasets import make_dataset, make_folders
+from tests.support.evaluation import tiny_model
 from tests.support.processes import free_port, rddm
 from tests.support.runs import write_config
 from tests.support.servers import wait_until
@@ -29,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("data"), count=20, size=(40, 48))
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(500)
 def test_a_signalled_run_on_ray_is_queued_again_and_ends_with_the_bits_of_a_local_one(
     data: str, tmp_path: Path
 ) -> None:
@@ -83,3 +86,25 @@ def test_ray_that_does_not_start_is_a_fault_and_ray_left_over_is_named(data: str
         assert ended("disturbed") == ("2:0", "0", said)
         assert "raylet" in [process.info["name"] for process in slurm.processes()]  # not ours to stop
     assert not (tmp_path / "runs" / "disturbed" / "metrics.jsonl").exists()
+
+
+@pytest.mark.timeout(500)
+def test_a_signalled_evaluation_on_ray_goes_on_and_its_report_has_the_same_bytes(tmp_path: Path) -> None:
+    make_folders(tmp_path, count=24, size=(72, 96))
+    pack(find_pairs(tmp_path / "input", tmp_path / "target"), str(tmp_path / "data"), shard_mb=1.0, jobs=1)
+    model, out = tiny_model(tmp_path), tmp_path / "out"
+    data = str(tmp_path / "data")
+    work = ["evaluate", str(model), "--data", data, "--steps", "10", "--batch-size", "1"]
+    calm = rddm(*work, "--actors", "0", "--out", str(tmp_path / "calm"), cwd=tmp_path)
+    assert calm.code == 0, calm.text
+    with SlurmCluster(tmp_path / "slurm", nodes=1) as slurm:
+        cluster = ("--cluster", str(cluster_file(tmp_path, **WITH_RAY)), "--run", "scores")
+        command = ["launch", "slurm", "--job", *work, *cluster, "--workers", "2", "--out", str(out)]
+        job = submitted_job(rddm(*command, cwd=tmp_path, env=slurm.env))
+        wait_until(lambda: out.is_dir() and any(path.is_file() for path in out.rglob("*")), timeout_s=120)
+        slurm.ask("scancel", "--batch", "--signal=USR1", job)
+        ended = slurm.wait(job, timeout_s=200)
+        printed = slurm.output(job)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), printed
+    assert "stopped and resumable: queued again" in printed and "image(s) were evaluated before" in printed, printed
+    assert (out / "report.json").read_bytes() == (tmp_path / "calm" / "report.json").read_bytes()
