@@ -37,6 +37,11 @@ cp /tmp/hosts /etc/hosts
 mkdir {MOUNT}
 mount --bind "$1" {MOUNT}
 """
+# On the head: SIGTERM to the driver as soon as three steps are in the journal.
+TERMINATE = """
+until [ "$(grep -c '"event":"metrics"' "$1" 2> /dev/null)" -ge 3 ] 2> /dev/null; do sleep 0.05; done
+exec pkill -TERM --oldest -f "rddm_dist.cli.main train"
+"""
 REMARKABLE_S = 30.0  # a tiny run saves in less, however busy the machine; the pod has 150
 
 
@@ -159,15 +164,14 @@ def test_the_entry_point_of_a_rayjob_saves_on_sigterm_and_goes_on_when_submitted
             mounted = cluster.run_on(node, ["sh", "-c", MOUNT_FILES, "sh", str(files)])
             assert mounted.code == 0, mounted.text
         submit(cluster, spec["entrypoint"], "tiny-0001-first")
-        wait_until(lambda: last_step(run_dir) >= 3 or has_ended(cluster, "tiny-0001-first"), timeout_s=120)
-        told = cluster.run_on(0, ["pkill", "-TERM", "--oldest", "-f", "rddm_dist.cli.main train"])
+        told = cluster.run_on(0, ["sh", "-c", TERMINATE, "sh", str(run_dir / "metrics.jsonl")], timeout_s=150)
         assert told.code == 0, job_info(cluster, "tiny-0001-first")
         wait_until(lambda: has_ended(cluster, "tiny-0001-first"), timeout_s=60)
         assert state_of(cluster, "tiny-0001-first", failed=1).exit_code == 75
         assert events(run_dir, "saved")[-1]["step"] == events(run_dir, "finished")[-1]["step"] < 60
 
         submit(cluster, spec["entrypoint"], "tiny-0001-second")
-        wait_until(lambda: has_ended(cluster, "tiny-0001-second"), timeout_s=120)
+        wait_until(lambda: has_ended(cluster, "tiny-0001-second"), timeout_s=150)
         assert state_of(cluster, "tiny-0001-second").word == "done", job_info(cluster, "tiny-0001-second")
     expected = undisturbed(folder / "local", data, STEPS)
     assert same_state(run_dir, expected) and losses(run_dir) == losses(expected)
