@@ -20,10 +20,9 @@ from cluster.kubernetes_start import PYTHON
 from cluster.kubernetes_states import Forbidden, explain, is_first, job_state, rayjob_state, why_waiting
 from cluster.launch import ENDED, JobState
 from cluster.settings import KubernetesCluster
-from cluster.submission import Job, Record, Submitted, plan_record
+from cluster.submission import Job, Record, Submitted, is_stopped, plan_record
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, EnvironmentFault
-from rddm_dist.training.stopping import STOPPED_FILE
 
 TIMEOUT_S = 60
 FOLLOW_S = 2.0
@@ -139,7 +138,7 @@ class Kubernetes:
         if state.word == "pending":
             why = why_waiting(self._pods(submitted))
             return JobState("pending", why or state.detail)
-        if state.word == "done" and _is_stopped(submitted):
+        if state.word == "done" and is_stopped(submitted):
             return JobState("stopped", "by rddm stop")
         return state
 
@@ -260,10 +259,3 @@ def _target(submitted: Submitted) -> tuple[str, str]:
     """The kind and the name of what was submitted."""
     kind = RAY_JOB if RAY_JOB in submitted.ids else PLAIN_JOB
     return kind, submitted.ids[kind]
-
-
-def _is_stopped(submitted: Submitted) -> bool:
-    """Whether a person stopped it, as far as can be seen here."""
-    if not storage.is_local(submitted.home):
-        return storage.exists(submitted.record.job_path(STOPPED_FILE))
-    return (submitted.record.local / STOPPED_FILE).exists()

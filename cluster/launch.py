@@ -20,7 +20,7 @@ from cluster.submission import (
 )
 from data_pipeline.errors import ConfigError
 
-Word = Literal["pending", "running", "done", "stopped", "failed", "gone"]
+Word = Literal["pending", "running", "done", "stopped", "failed", "gone", "unknown"]
 ENDED: tuple[Word, ...] = ("done", "stopped", "failed", "gone")
 
 
@@ -28,7 +28,8 @@ ENDED: tuple[Word, ...] = ("done", "stopped", "failed", "gone")
 class JobState:
     """What the cluster says of a job.
 
-    word: `gone` where the cluster has forgotten it; detail: the cluster's own words, e.g. why it is pending;
+    word: `gone` where the cluster has forgotten it, `unknown` where it does not answer (backends raise EnvironmentFault
+    then); detail: the cluster's own words, e.g. why it is pending;
     exit_code: of the job's command, None while it runs or where it cannot be known.
     """
 

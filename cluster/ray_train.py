@@ -198,6 +198,8 @@ class _Driver:
         if not finished and folder.is_remote:
             record = last_record(folder, "finished")  # of a journal that grew on another machine
             finished.update(record if record.get("time", 0.0) >= began else {})
+        if not finished and self._is_unwanted():  # they were told so before they began
+            return {"status": "stopped", "step": self._step, "reason": ""}
         if not finished:
             raise TrainingFault(f"the workers ended without finishing; see {folder.work / 'logs'}")
         return finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -40,6 +40,17 @@ def _key(default: Any, description: str, **constraints: Any) -> Any:
 LAUNCHER_ENV = frozenset({LAUNCH_ENV, STOPPED_CODE_ENV, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"})
 
 
+def find_password(values: Any, place: str = "") -> str:
+    """The dotted place of the first URL with a password among nested values; empty: there is none."""
+    if isinstance(values, dict):
+        inner = [(f"{place}.{key}" if place else str(key), value) for key, value in values.items()]
+    elif isinstance(values, (list, tuple)):
+        inner = [(f"{place}[{index}]", value) for index, value in enumerate(values)]
+    else:
+        return place if isinstance(values, str) and URL_PASSWORD.search(values) else ""
+    return next(filter(None, (find_password(value, where) for where, value in inner)), "")
+
+
 class _Cluster(Section):
     """What all kinds of clusters have."""
 
@@ -53,6 +64,16 @@ class _Cluster(Section):
     max_workers: int = _key(0, "The most workers this cluster can ever give; 0: not known", ge=0)
     retries: int = _key(3, "How often a job is started again after preemption or lost machines", ge=0)
     preflight: bool = _key(True, "Check the machines at the start of each job (rddm doctor cluster)")
+
+    @model_validator(mode="after")
+    def _no_passwords(self) -> Self:
+        place = find_password(self.model_dump())
+        if place:
+            raise ValueError(
+                f"{place} holds a URL with a password, and cluster files are copied into run folders and manifests; "
+                "have it in the environment of jobs, or in a Secret (MLflow: MLFLOW_TRACKING_USERNAME, _PASSWORD)"
+            )
+        return self
 
     @field_validator("env", mode="after")
     @classmethod
@@ -85,7 +106,7 @@ class SlurmCluster(_Cluster):
     time: SlurmTime = _key("24:00:00", "Time limit of one start; the run goes on in the next")
     signal_s: int = _key(300, "Seconds before the time limit at which the run saves and stops", ge=30)
     exclusive: bool = _key(True, "Have nodes alone; needed by form ray, whose end stops all Ray processes of the user")
-    requeue: bool = _key(True, "Queue a stopped run again (exit 75), at most `retries` times for lost machines")
+    requeue: bool = _key(True, "Queue a stopped run again (exit 75), until `retries` starts in a row saved nothing")
     array_parallel: int = _key(0, "Trials of a sweep that run at a time; 0: as many as the partition takes", ge=0)
     scratch: str = _key("", "Folder on each node for the data cache, e.g. /scratch/$SLURM_JOB_ID; empty: none")
     network: str = _key("", "Interface for workers to talk over, e.g. ib0; empty: chosen")
@@ -191,11 +212,6 @@ class KubernetesCluster(_Cluster):
 
     @model_validator(mode="after")
     def _check(self) -> KubernetesCluster:
-        if URL_PASSWORD.search(self.mlflow):
-            raise ValueError(
-                "mlflow holds a password, and everybody reads manifests; have MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD in a Secret, and name it in secrets"
-            )
         for name in LAUNCHER_ENV & set(self.env):
             raise ValueError(f"env.{name} is set by the launcher itself (drain_s is how long pods have); leave it out")
         return self

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.launch import ENDED, JobState, Word
 from cluster.settings import SlurmCluster
-from cluster.slurm_script import SCRIPT_FILE, nodes_of, render
-from cluster.submission import Job, Record, Submitted
+from cluster.slurm_script import SCRIPT_FILE, check_path, nodes_of, render
+from cluster.submission import Job, Record, Submitted, is_stopped
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, EnvironmentFault
 
@@ -29,7 +29,8 @@ WORDS: dict[str, Word] = {
 
 @dataclass(frozen=True)
 class Partition:
-    """What sinfo says of a partition. max_nodes and minutes: None where unlimited; gpus: of its best node."""
+    """What sinfo says of the nodes of one kind in a partition. max_nodes and minutes: None where unlimited; cpus, gpus:
+    of a node."""
 
     name: str
     minutes: int | None
@@ -48,7 +49,7 @@ class Slurm:
     def check(self, job: Job) -> None:
         self._check_form(job)
         asked = _slurm("sinfo", "--noheader", f"--format={PARTITION}")
-        partitions = {each.name: each for each in map(_partition, asked.splitlines())}
+        partitions = [_partition(line) for line in asked.splitlines()]
         self._check_partition(job, partitions)
 
     def _check_form(self, job: Job) -> None:
@@ -72,15 +73,18 @@ class Slurm:
         if cluster.form == "torchrun" and job.kind == "restore" and job.workers > 1:
             raise ConfigError(f"--job restore is one process, --workers {job.workers} are asked for; leave it out")
 
-    def _check_partition(self, job: Job, partitions: dict[str, Partition]) -> None:
+    def _check_partition(self, job: Job, partitions: list[Partition]) -> None:
         cluster = self._cluster
-        found = partitions.get(cluster.partition)
-        if found is None:
-            raise ConfigError(
-                f"partition={cluster.partition} does not exist; this Slurm has {', '.join(sorted(partitions))}"
-            )
-        nodes, most = nodes_of(cluster, job), min(found.nodes, found.max_nodes or found.nodes)
+        groups = [each for each in partitions if each.name == cluster.partition]
+        if not groups:
+            known = ", ".join(sorted({each.name for each in partitions}))
+            raise ConfigError(f"partition={cluster.partition} does not exist; this Slurm has {known}")
         of_node = min(job.workers, cluster.workers_per_node)
+        cpus, gpus = of_node * cluster.cpus_per_worker, of_node * job.gpus_per_worker
+        fit = [each for each in groups if each.cpus >= cpus and each.gpus >= gpus]
+        found = max(fit or groups, key=lambda each: (each.gpus, each.cpus))
+        nodes, most = nodes_of(cluster, job), sum(each.nodes for each in fit or groups)
+        most = min(most, found.max_nodes or most)
         if nodes > most:
             raise ConfigError(
                 f"--workers {job.workers} need {nodes} nodes (workers_per_node={cluster.workers_per_node}), partition "
@@ -112,6 +116,7 @@ class Slurm:
 
     def files(self, job: Job, record: Record) -> dict[str, str]:
         self._check_form(job)
+        check_path(job, record)
         return {SCRIPT_FILE: render(self._cluster, job, record)}
 
     def command(self, job: Job, record: Record) -> list[str]:
@@ -127,7 +132,9 @@ class Slurm:
         if finished.returncode:
             return self._remembered(submitted, finished.stderr)
         states = [_state(_fields(line)) for line in finished.stdout.splitlines() if line.startswith("JobId=")]
-        return states[0] if len(states) == 1 else _together(states)
+        state = states[0] if len(states) == 1 else _together(states)
+        # Of a run at a URL its exit code is 0 then, see the script.
+        return replace(state, word="stopped", exit_code=75) if state.word == "done" and is_stopped(submitted) else state
 
     def _remembered(self, submitted: Submitted, said: str) -> JobState:
         """The state of a job that Slurm has forgotten, by what its script has left."""

@@ -8,14 +8,19 @@ them all.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
 from cluster.settings import Container, SlurmCluster
 from cluster.submission import Job, Record
 from data_pipeline import storage
+from data_pipeline.errors import ConfigError
+from rddm_dist.training.stopping import KEEP_ENV
 
 SCRIPT_FILE = "job.sbatch"
+PLAIN_PATH = re.compile(r"[-\w./@:+=,~]+")
+CONFIG, CACHE = "$config", "data.cache_dir=$scratch/cache"  # words of commands that the shell is to fill in
 PORTS = 1000  # ports above the first among which a job's own is chosen, so that jobs of one node do not collide
 
 
@@ -31,7 +36,9 @@ def render(cluster: SlurmCluster, job: Job, record: Record) -> str:
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _options(cluster, job, folder)),
         "# shellcheck disable=SC2016,SC2054,SC2329  # for variables of bash -c, commas in options, traps",
-        "set -u -o pipefail",
+        "",
+        *cluster.setup,
+        "set -u -o pipefail",  # after lines of others, which may not bear it
         "",
         *_settings(cluster, job, record, folder),
         "",
@@ -39,9 +46,19 @@ def render(cluster: SlurmCluster, job: Job, record: Record) -> str:
         "",
         *(_ray(cluster, job) if cluster.form == "ray" else _torchrun(cluster, job)),
         "",
-        *(REQUEUE if cluster.requeue else END),
+        *(_requeue(cluster, job) if cluster.requeue else END),
     ]
     return "\n".join(parts) + "\n"
+
+
+def check_path(job: Job, record: Record) -> None:
+    """Refuse what a batch script's own options cannot name as the place of its output."""
+    folder = _folder(job, record)
+    if not PLAIN_PATH.fullmatch(folder):
+        raise ConfigError(
+            f"{folder} holds a space, % or another character that sbatch does not take in the path of a job's output; "
+            "choose another storage, or run.name"
+        )
 
 
 def _folder(job: Job, record: Record) -> str:
@@ -78,7 +95,6 @@ def _options(cluster: SlurmCluster, job: Job, folder: str) -> Iterator[str]:
 
 def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> Iterator[str]:
     """Where everything is, and the environment."""
-    yield from cluster.setup
     yield f"export RDDM_LAUNCH={record.number}"
     if not storage.is_local(job.home):
         # The script cannot see there whether somebody stopped the run, so the run's own exit code has to tell.
@@ -105,6 +121,11 @@ def _settings(cluster: SlurmCluster, job: Job, record: Record, folder: str) -> I
         yield "# ray symmetric-run looks for ray there."
         yield f"export PATH={shlex.quote(cluster.python.rpartition('/')[0])}:$PATH"
     yield f"srun_options=(--nodes={nodes_of(cluster, job)} --ntasks-per-node=1{_pyxis(cluster, job, folder)})"
+    if job.kind == "train" and storage.is_local(job.home):
+        yield 'rm -f "$run/stop-request"  # of an earlier start; what lies there from now on counts'
+        yield f"export {KEEP_ENV}=1"
+        if cluster.requeue:
+            yield from _newest(job)
     if job.trials or (job.kind == "train" and not storage.is_local(job.home)):
         step = 'srun --overlap "${srun_options[@]}" --nodes=1 ' if _pyxis(cluster, job, folder) else ""
         yield f'here=({step}"${{python[@]}}")  # Python for the script itself'
@@ -196,19 +217,43 @@ SIGNALS = (
 )
 
 END = ('ended "$code"',)
-REQUEUE = (
-    "# Stopped and resumable: back into the queue, under the same job id. Not where a person stopped it: by rddm stop,",
-    "# or by scancel, after which Slurm calls the job COMPLETING before this script has ended.",
-    "is_cancelled() {",
-    '  [ "${asked%% *}" = SIGTERM ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=COMPLETING',
-    "}",
-    'if [ "$code" -eq 75 ] && [ ! -e "$record/stopped" ] && [ ! -e "$run/launch/$RDDM_LAUNCH/stopped" ] &&',
-    "  ! is_cancelled; then",
-    '  echo "$(date +%T) stopped and resumable: queued again"',
-    '  scontrol requeue "$SLURM_JOB_ID" && exit 75',
-    "fi",
-    'ended "$code"',
-)
+
+
+def _requeue(cluster: SlurmCluster, job: Job) -> Iterator[str]:
+    yield "# Stopped and resumable: back into the queue, under the same job id. Not where a person stopped it: by rddm"
+    yield "# stop, or by scancel, after which Slurm calls the job COMPLETING before this script has ended."
+    yield "is_cancelled() {"
+    yield '  [ "${asked%% *}" = SIGTERM ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=COMPLETING'
+    yield "}"
+    yield 'if [ "$code" -eq 75 ] && [ ! -e "$record/stopped" ] && [ ! -e "$run/launch/$RDDM_LAUNCH/stopped" ] &&'
+    yield "  ! is_cancelled; then"
+    if _counts_idle(job):
+        yield '  idle=$(cat "$idle_file" 2> /dev/null || echo 0)'
+        yield '  if [ "$(newest)" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi'
+        yield '  echo "$idle" > "$idle_file"'
+        yield f'  if [ "$idle" -gt {cluster.retries} ]; then'
+        yield '    echo "error: stopped $idle times in a row without a new checkpoint, so not queued again;" \\'
+        yield '      "raise time, or lower signal_s, of the cluster file" >&2'
+        yield '    ended "$code"'
+        yield "  fi"
+    yield '  echo "$(date +%T) stopped and resumable: queued again"'
+    yield '  scontrol requeue "$SLURM_JOB_ID" && exit 75'
+    yield "fi"
+    yield 'ended "$code"'
+
+
+def _counts_idle(job: Job) -> bool:
+    """Whether the script can see if a start brought a checkpoint."""
+    return job.kind == "train" and storage.is_local(job.home)
+
+
+def _newest(job: Job) -> Iterator[str]:
+    """What is asked before and after a start."""
+    yield "newest() {  # checkpoint of the run, of the search for its objective at first"
+    yield '  find "$run/checkpoints" "$run/search" -name COMMIT.json 2> /dev/null | sort | tail -n 1'
+    yield "}"
+    yield "before=$(newest)"
+    yield f'idle_file="$record/idle-{"$trial" if job.trials else "$SLURM_JOB_ID"}"'
 
 
 def _torchrun(cluster: SlurmCluster, job: Job) -> Iterator[str]:
@@ -226,7 +271,7 @@ def _torchrun(cluster: SlurmCluster, job: Job) -> Iterator[str]:
         '--master-port="$port" "$@"'
     )
     yield "}"
-    cache = ' data.cache_dir="$scratch/cache"' if cluster.scratch else ""
+    cache = f' "{CACHE}"' if cluster.scratch else ""
     train = f'on_every_node -m rddm_dist.training "$config"{cache}'
     if cluster.preflight:
         yield 'on_every_node -m cluster.preflight "$config"'
@@ -252,13 +297,7 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield f"export RAY_AUTH_TOKEN{' config' if job.kind == 'train' else ''}"
     yield "# What the command on the first node ended with: ray symmetric-run itself ends with 0 where Ray fails."
     yield 'export said="$record/exit-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'
-    yield "on_first_node='"
-    yield '  export RAY_ADDRESS="$1"; shift'
-    work = _tail(_ray_command(cluster, job))
-    if cluster.preflight:
-        yield f'  "$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(cluster, job)} &&'
-    yield f'  (echo "$BASHPID" > "$said.pid"; exec "$@" {work})'
-    yield '  code=$?; echo "$code" > "$said"; exit "$code"\''
+    yield f"on_first_node={shlex.quote(_first_node(cluster, job))}"
     yield "with_ray() {  # without the long lines that ray stop has for each process"
     yield '  srun --kill-on-bad-exit=0 --wait=60 "${srun_options[@]}" \\'
     yield '    "${python[@]}" -m ray.scripts.scripts symmetric-run --address "$address:$port" \\'
@@ -275,11 +314,21 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield "fi"
 
 
+def _first_node(cluster: SlurmCluster, job: Job) -> str:
+    """The program that ray symmetric-run starts on the first node: the look at all nodes, then the job."""
+    lines = ["", '  export RAY_ADDRESS="$1"; shift']
+    if cluster.preflight:
+        lines.append(f'  "$@" -m rddm_dist.cli.main doctor cluster {_preflight_arguments(cluster, job)} &&')
+    lines.append(f'  (echo "$BASHPID" > "$said.pid"; exec "$@" {_tail(_ray_command(cluster, job))})')
+    lines.append('  code=$?; echo "$code" > "$said"; exit "$code"')
+    return "\n".join(lines)
+
+
 def _ray_command(cluster: SlurmCluster, job: Job) -> list[str]:
-    command = job.command("", config="$config", retries=cluster.retries)
+    command = job.command("", config=CONFIG, retries=cluster.retries)
     if job.kind == "train":
         command += ["--cpus-per-worker", str(cluster.cpus_per_worker)]
-        command += ["data.cache_dir=$scratch/cache"] if cluster.scratch else []
+        command += [CACHE] if cluster.scratch else []
     return command
 
 
@@ -293,5 +342,5 @@ def _preflight_arguments(cluster: SlurmCluster, job: Job) -> str:
 
 
 def _tail(command: list[str]) -> str:
-    """A command without its python, quoted; shell variables of the script stay ones."""
-    return " ".join(f'"{part}"' if "$" in part and "'" not in part else shlex.quote(part) for part in command[1:])
+    """A command without its python, quoted; the script's own variables stay ones."""
+    return " ".join(f'"{part}"' if part in (CONFIG, CACHE) else shlex.quote(part) for part in command[1:])

@@ -20,7 +20,7 @@ from cluster.settings import to_yaml as cluster_yaml
 from data_pipeline import storage
 from data_pipeline.errors import ConfigError, EnvironmentFault
 from rddm_dist.config import Config, to_yaml
-from rddm_dist.training.stopping import LAUNCHES
+from rddm_dist.training.stopping import LAUNCHES, STOPPED_FILE
 
 RECORD_FILE, CONFIG_FILE, CLUSTER_FILE, COMMAND_FILE, PATCH_FILE = (
     "launch.json", "config.yaml", "cluster.yaml", "command.txt", "code.patch",
@@ -194,6 +194,7 @@ def write_submitted(record: Record, job: Job, cluster: ClusterSettings, ids: Map
         "number": record.number,
         "record_home": record.home,
         "is_shared": record.is_shared,
+        "local": str(record.local.absolute()),
         "ids": dict(ids),
         "workers": job.workers,
         "gpus_per_worker": job.gpus_per_worker,
@@ -222,8 +223,15 @@ def find_submitted(run: str) -> Submitted | None:
             content = json.loads(storage.read_bytes(storage.join(place, RECORD_FILE)))
         except FileNotFoundError:
             continue  # a submission that came to nothing
-        return _submitted(content, Path(place))
+        return _submitted(content, Path(place if storage.is_local(run) else content["local"]))
     return None
+
+
+def is_stopped(submitted: Submitted) -> bool:
+    """Whether a person stopped it, as far as can be seen here."""
+    if not storage.is_local(submitted.home):
+        return storage.exists(submitted.record.job_path(STOPPED_FILE))
+    return (submitted.record.local / STOPPED_FILE).exists()
 
 
 def _submitted(content: Mapping[str, Any], local: Path) -> Submitted:

@@ -22,7 +22,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_pipeline.errors import EnvironmentFault, RddmError
+from data_pipeline.errors import EnvironmentFault, RddmError, TrainingFault
 from data_pipeline.retry import one_line
 from rddm_dist.limits import within
 
@@ -332,11 +332,12 @@ def exchange_object(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def naming_losses(name: str) -> Iterator[None]:
-    """A block of exchanges: where another worker is lost meanwhile, an EnvironmentFault. name: of this machine."""
+    """A block of exchanges: where another worker is lost meanwhile, a TrainingFault (exit code 1: trying again may
+    help). name: of this machine."""
     try:
         yield
     except RuntimeError as error:
-        raise EnvironmentFault(
+        raise TrainingFault(
             f"{name}: worker {rank()} lost the others ({one_line(error)[:300]}); see what they printed; if they are "
             f"well, {LINK_ADVICE}"
         ) from error

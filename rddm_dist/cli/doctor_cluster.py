@@ -119,14 +119,19 @@ def _look_at_submission(
     """What a submission to the cluster of that file finds out."""
     from cluster.findings import Finding
     from cluster.launch import backend_of, make_plan
+    from cluster.submission import Job
     from rddm_dist.cli.launch import make_job
+    from rddm_dist.config import Config
 
-    kind, arguments = ("train", [config, *overrides]) if config else ("evaluate", ["RUN", "--data", "DATA"])
     name = f"{settings.kind} submission"
     try:
-        job = make_job(
-            kind, arguments, settings, workers=workers, gpus_per_worker=gpus, storage=storage, run="", sweep=[]
-        )
+        if config:
+            job = make_job(
+                "train", [config, *overrides], settings, workers=workers, gpus_per_worker=gpus, storage=storage, run="",
+                sweep=[],
+            )  # fmt: skip
+        else:
+            job = Job("train", "any", _absolute(storage or "runs") + "/any", (), workers, gpus, Config())
         make_plan(job, settings)
         backend_of(settings).check(job)
     except RddmError as error:

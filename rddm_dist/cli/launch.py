@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,6 +56,7 @@ def launch(
         job, arguments or [], settings, workers=workers, gpus_per_worker=gpus, storage=storage, run=run,
         sweep=sweep or [],
     )  # fmt: skip
+    check_passwords(made)
     if made.trials and not dry_run:
         from cluster.sweep import with_parent
 
@@ -92,11 +95,28 @@ def make_job(
     if sweep:
         raise ConfigError(f"--sweep is about training; --job {kind} has no runs to compare")
     check_command(kind, arguments)
+    if cluster.kind == "kubernetes" or (cluster.kind == "ray" and cluster.here == "none"):
+        _check_paths(arguments)
     digest = hashlib.sha256(json.dumps([kind, *arguments]).encode()).hexdigest()[:8]
     name = run or f"{kind}-{digest}"
     parent = storage or cluster.storage or "runs"
     home = str(places.local_path(parent).absolute() / name) if places.is_local(parent) else places.join(parent, name)
     return Job(known, name, home, tuple(arguments), workers, gpus_per_worker)
+
+
+def check_passwords(job: Job) -> None:
+    """Refuse what would put a password into the record, which others can read."""
+    from cluster.settings import find_password
+    from data_pipeline.errors import ConfigError
+
+    configs = [job.config, *(trial.config for trial in job.trials)]
+    places = [find_password(config.model_dump()) for config in configs if config is not None]
+    place = next(filter(None, [*places, find_password(job.arguments, "ARGUMENTS")]), "")
+    if place:
+        raise ConfigError(
+            f"{place} holds a URL with a password, and the record of a launch is read by others; have it in the "
+            "environment of the job, e.g. MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def check_command(kind: str, arguments: list[str]) -> None:
@@ -113,6 +133,20 @@ def check_command(kind: str, arguments: list[str]) -> None:
         raise ConfigError(f"see rddm {kind} --help") from error
     except click.ClickException as error:
         raise ConfigError(f"--job {kind}: {error.format_message()} See rddm {kind} --help") from error
+
+
+def _check_paths(arguments: list[str]) -> None:
+    """Refuse paths that count from this folder, of a job that starts in another one."""
+    from data_pipeline.errors import ConfigError
+
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("-") else argument
+        is_path = "/" in value or (value != "" and Path(value).exists())
+        if is_path and not value.startswith("/") and not re.match(r"[a-z0-9]+:/", value):
+            raise ConfigError(
+                f"{value} counts from this folder, and the job starts in another one; give the whole path as the job "
+                "sees it, or a URL"
+            )
 
 
 def _train_job(
@@ -185,16 +219,18 @@ def show(plan: Plan) -> None:
 
 def submit_and_tell(plan: Plan, *, follow: bool) -> int:
     """Submit, say what the job is called and how to look after it; with follow wait for it."""
-    from cluster.launch import ENDED, backend_of, submit
+    from cluster.launch import ENDED, submit
     from cluster.submission import find_submitted
     from data_pipeline.errors import ConfigError
-    from rddm_dist.cli.runs import follow_job
+    from rddm_dist.cli.runs import follow_job, state_or_why
 
     where = str(plan.record.local.parent.parent)
     earlier = find_submitted(where)
     if earlier is not None:
-        state = backend_of(earlier.cluster).state(earlier)
-        if state.word not in ENDED:
+        state = state_or_why(earlier)
+        if state.word == "unknown":
+            say(f"cannot tell whether launch {earlier.record.number} of {plan.job.name} still runs ({state.detail})")
+        elif state.word not in ENDED:
             raise ConfigError(
                 f"run {plan.job.name} is {state.word} already ({_name(earlier.ids)}); wait for it, rddm stop {where}, "
                 "or choose another --run"

@@ -14,13 +14,14 @@ import typer
 from rddm_dist.cli.progress import say
 
 if TYPE_CHECKING:
-    from cluster.launch import JobState
+    from cluster.launch import Backend, JobState
     from cluster.submission import Submitted
     from rddm_dist.training.standing import Standing
 
 RUN_HELP = "Run folder or URL; launches/NAME where this machine cannot see run folders"
 FOLLOW_S = 1.0
-CODES = {"done": 0, "stopped": 75, "failed": 1, "gone": 1}
+FOLLOW_PATIENCE_S, FOLLOW_AGAIN_S = 300.0, 5.0  # without an answer of the cluster; between two tries
+CODES = {"done": 0, "stopped": 75, "failed": 1, "gone": 1, "unknown": 1}
 
 
 def register(app: typer.Typer) -> None:
@@ -34,10 +35,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
 ) -> int:
     """How a run stands: its job in the cluster, its step, its last checkpoint. Of a sweep: a table."""
-    from cluster.launch import ENDED, backend_of
+    from cluster.launch import ENDED
 
     submitted, standing = _look(run)
-    state = backend_of(submitted.cluster).state(submitted) if submitted else None
+    state = state_or_why(submitted) if submitted else None
     if submitted is not None and submitted.trials:
         from cluster.sweep_end import table_of
 
@@ -76,31 +77,45 @@ def stop(
     preempted: Annotated[
         str, typer.Option(metavar="WHY", help="For launchers: save and stop, to be started again")
     ] = "",
+    number: Annotated[str, typer.Option("--launch", metavar="NUMBER", hidden=True)] = "",
 ) -> int:
-    """Save at the next step and stop (exit 75); a job that waits in a queue is taken out of it."""
+    """Save at the next step and stop (exit 75); a job that waits in a queue is taken out of it.
+
+    Of evaluate, restore and pack: end the job. The same command goes on from what is there.
+    """
     from cluster.launch import ENDED, backend_of
+    from data_pipeline.errors import EnvironmentFault
     from rddm_dist.training.standing import folder_at
     from rddm_dist.training.stopping import PREEMPTED, end_launch, request_stop
 
     if preempted:
         request_stop(folder_at(run), f"{PREEMPTED}{preempted}")
         return 0
+    reason = f"stopped by {getpass.getuser()}"
+    if number:  # from outside, by `run_inside`
+        end_launch(folder_at(run), number, reason)
+        return 0
     submitted, standing = _look(run)
     if submitted is None:
         _ask(run, standing)
         return 0
     backend = backend_of(submitted.cluster)
-    state = backend.state(submitted)
+    state = state_or_why(submitted)
     if state.word in ENDED:
         say(f"nothing to stop: the job has ended ({state.word}{f', {state.detail}' if state.detail else ''})")
         return 0
-    reason = f"stopped by {getpass.getuser()}"
+    if state.word == "unknown" and not submitted.record.is_shared:
+        raise EnvironmentFault(state.detail)  # nothing can be told to it
+    homes = _homes(submitted)
     if submitted.record.is_shared:
-        for home in _homes(submitted):
+        for home in homes:
             end_launch(folder_at(home), submitted.record.number, reason)
-    elif state.word == "running":
-        backend.run_inside(submitted, ["rddm", "stop", submitted.home])
-    if state.word == "pending" or now:
+    elif state.word == "running" and submitted.kind == "train":
+        for home in homes:
+            backend.run_inside(submitted, ["rddm", "stop", home, "--launch", submitted.record.number])
+    if state.word == "unknown" and submitted.record.is_shared:
+        say(f"asked to save and stop, if it still runs: {state.detail}")
+    elif state.word == "pending" or now or submitted.kind != "train":
         backend.cancel(submitted)
         say("taken out of the queue" if state.word == "pending" else "ended at once")
     else:
@@ -110,16 +125,18 @@ def stop(
 
 def follow_job(submitted: Submitted, run: str) -> int:
     """Print a job's output until it ends.   -> its exit code"""
-    from cluster.launch import ENDED, backend_of
+    from cluster.launch import ENDED, JobState, backend_of
 
     backend = backend_of(submitted.cluster)
+    patience = _Patience()
     try:
-        for piece in backend.logs(submitted, follow=True):
+        for piece in _pieces(backend, submitted, patience):
             print(piece, end="", flush=True)
-        state = backend.state(submitted)
+        state = JobState("unknown")
         while state.word not in ENDED:
-            time.sleep(FOLLOW_S)
-            state = backend.state(submitted)
+            with patience:
+                state = backend.state(submitted)
+            time.sleep(0 if state.word in ENDED else FOLLOW_S)
     except KeyboardInterrupt:
         say(f"\nnot following any more; the job goes on (rddm stop {run} stops it)")
         return 0
@@ -129,6 +146,57 @@ def follow_job(submitted: Submitted, run: str) -> int:
 
         say(table_of(submitted, run, has_ended=True).as_text())
     return state.exit_code if state.exit_code is not None else CODES[state.word]
+
+
+class _Patience:
+    """A block around what asks a cluster: it may go without an answer for FOLLOW_PATIENCE_S, once it has answered."""
+
+    def __init__(self) -> None:
+        self._heard = float("-inf")
+
+    def heard(self) -> None:
+        self._heard = time.monotonic()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        from data_pipeline.errors import EnvironmentFault
+
+        if error is None:
+            self.heard()
+            return False
+        if not isinstance(error, EnvironmentFault) or time.monotonic() - self._heard > FOLLOW_PATIENCE_S:
+            return False
+        time.sleep(FOLLOW_AGAIN_S)
+        return True
+
+
+def _pieces(backend: Backend, submitted: Submitted, patience: _Patience) -> Iterator[str]:
+    """What a job prints, until it ends; after a time without an answer from where it was."""
+    shown, has_ended = 0, False
+    while not has_ended:
+        seen = 0
+        with patience:
+            for piece in backend.logs(submitted, follow=True):
+                patience.heard()
+                fresh = piece[max(0, shown - seen) :]
+                seen += len(piece)
+                shown = max(shown, seen)
+                if fresh:
+                    yield fresh
+            has_ended = True
+
+
+def state_or_why(submitted: Submitted) -> JobState:
+    """The state of a job; unknown, and why, where its cluster cannot be asked."""
+    from cluster.launch import JobState, backend_of
+    from data_pipeline.errors import EnvironmentFault
+
+    try:
+        return backend_of(submitted.cluster).state(submitted)
+    except EnvironmentFault as error:
+        return JobState("unknown", str(error))
 
 
 def _look(run: str) -> tuple[Submitted | None, Standing]:
@@ -147,10 +215,12 @@ def _look(run: str) -> tuple[Submitted | None, Standing]:
 
 
 def _homes(submitted: Submitted) -> list[str]:
-    """The run folders of a submission: of the run, or of a sweep and its trials; as this machine sees them."""
+    """The run folders of a submission: of the run, or of a sweep and its trials; as this machine sees them, or else
+    as jobs do."""
     from data_pipeline import storage
 
-    here = submitted.home if not storage.is_local(submitted.home) else str(submitted.record.local.parent.parent)
+    is_seen_alike = not storage.is_local(submitted.home) or not submitted.record.is_shared
+    here = submitted.home if is_seen_alike else str(submitted.record.local.parent.parent)
     parent = here.rpartition("/")[0]
     return [here, *(f"{parent}/{name}" for name in submitted.trials)]
 

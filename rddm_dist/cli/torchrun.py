@@ -33,15 +33,13 @@ def main() -> None:
         config = load_config(arguments.config, overrides)
         is_alone = False
         folder = run_folder(config)
-        if stopped_for_good(folder):
-            if topology.rank == 0:
-                print(f"{folder.home}: this launch was stopped by rddm stop; launch again to go on")
-            leave(exit_code_of(75, folder))
         if topology.rank == 0:
             with TrainConsole(config) as console:
                 result = train(config, topology, Hooks(on_event=console.on_event), forgets_request=True)
         else:
             result = train(config, topology)
+        if topology.rank == 0 and result.status == "stopped" and stopped_for_good(folder):
+            print(f"{folder.home}: this launch was stopped by rddm stop; launch again to go on")
         code = exit_code_of(result.exit_code, folder)
     except RddmError as error:
         if topology.rank == 0:

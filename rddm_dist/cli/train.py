@@ -114,7 +114,7 @@ def train_here(
     from rddm_dist.training.prepare import make_run_dir
     from rddm_dist.training.reporting import catch_up
     from rddm_dist.training.run import TrainResult, completed_step
-    from rddm_dist.training.stopping import clear_request
+    from rddm_dist.training.stopping import forget_earlier_request, stopped_for_good
 
     prepared = check_run(config, workers=workers, gpus_per_worker=gpus_per_worker)
     finished = completed_step(prepared)
@@ -135,7 +135,9 @@ def train_here(
         require_workers(workers, cpus=cpus_per_worker, gpus=gpus_per_worker)
         make_run_dir(prepared)
         configure_logging(prepared.run_dir / "logs" / "driver.log")
-        clear_request(prepared.folder)
+        forget_earlier_request(prepared.folder)
+        if stopped_for_good(prepared.folder):  # since the command began
+            return TrainResult("stopped", 0, prepared.home)
         # Ray sets a SIGTERM handler of its own when it starts, so ours comes after it.
         with StopOnSignal(prepared.folder) as stopping, TrainConsole(config) as console:
             return train_on_ray(

@@ -36,7 +36,7 @@ from rddm_dist.training.search import Search
 from rddm_dist.training.selection import SEARCH_DIR, Selection, with_outcome, write_selection
 from rddm_dist.training.state import Start, check_room, check_same_init, draw_net, find_start, load_init, load_state
 from rddm_dist.training.step import StepResult, Word, measures, train_step
-from rddm_dist.training.stopping import StopFlag, clear_request
+from rddm_dist.training.stopping import StopFlag, clear_request, forget_earlier_request, stopped_for_good
 
 EXPORT_FILE = "model.safetensors"
 EVERYTHING = Retention(keep_last=10**9)
@@ -97,12 +97,16 @@ def train(
     owner: Ownership | None = None
     try:
         comm.initialize(topology)
+        if comm.broadcast_object(comm.rank() == 0 and stopped_for_good(run_folder(config))):
+            return TrainResult("stopped", 0, run_folder(config).home)
         with comm.together():
             prepared = prepare(config, world_size=topology.world_size)
             if comm.rank() == 0:
                 owner = take(prepared.home)
                 if forgets_request:
-                    clear_request(prepared.folder)
+                    forget_earlier_request(prepared.folder)
+                if stopped_for_good(prepared.folder):  # since the look above; its request may just have been forgotten
+                    stop.request("stopped by rddm stop")
         with comm.together():
             prepared = look_again(prepared)
             make_run_dir(prepared)

@@ -24,6 +24,7 @@ LAUNCHES = "launch"  # folder of the run's submissions, each in a folder of its 
 STOPPED_FILE = "stopped"  # in the folder of a submission: a person wants it to end for good
 LAUNCH_ENV = "RDDM_LAUNCH"  # number of the submission that a process was started by
 STOPPED_CODE_ENV = "RDDM_STOPPED_CODE"  # exit code of a run that a person stopped, where any but 0 starts it again
+KEEP_ENV = "RDDM_KEEP_REQUEST"  # set where a launcher has removed what was left of a stop request before
 PREEMPTED = "preempted: "  # begins the reason of a stop after which the run is to be started again
 REQUESTED = "stop requested in the run folder"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -101,8 +102,17 @@ def request_stop(folder: RunFolder, reason: str = "") -> None:
 
 
 def clear_request(folder: RunFolder) -> None:
-    """Forget an earlier request: a run that starts means to run."""
+    """Forget the request that a run has followed."""
     folder.remove(REQUEST_FILE)
+
+
+def forget_earlier_request(folder: RunFolder) -> None:
+    """Forget a request that was for an earlier start: a run that starts means to run.
+
+    Not under a launcher that did so itself when its job began: what lies there now came after it.
+    """
+    if not os.environ.get(KEEP_ENV):
+        clear_request(folder)
 
 
 def end_launch(folder: RunFolder, number: str, reason: str) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rddm_dist.training.standing import folder_at
+from rddm_dist.training.stopping import LAUNCH_ENV, end_launch
+from tests.support.datasets import make_dataset
 from tests.support.processes import finish, run, start
-from tests.support.servers import wait_until
+from tests.support.runs import write_config
+from tests.support.servers import free_port, wait_until
 
 WRAPPER = (sys.executable, "-m", "rddm_dist.torchrun", "--nproc-per-node=2")
 SLOW = """
@@ -38,3 +42,15 @@ def test_a_signal_reaches_the_workers_which_end_in_their_own_time(number: signal
     process.send_signal(number)
     finished = finish(process, timeout_s=40)
     assert finished.code == 75, finished.text
+
+
+def test_a_launch_that_was_stopped_meanwhile_does_not_train_and_its_ranks_agree(tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_dataset(tmp_path / "data", count=4, size=(40, 48)))
+    run_dir = tmp_path / "runs" / "tiny"
+    end_launch(folder_at(str(run_dir)), "0001", "stopped by ann")
+    command = [*WRAPPER, f"--master-port={free_port()}", "-m", "rddm_dist.training", str(config)]
+    stopped = run(command, cwd=tmp_path, timeout_s=90, env={LAUNCH_ENV: "0001"})
+    assert stopped.code == 75 and "this launch was stopped by rddm stop; launch again to go on" in stopped.stdout
+    assert not (run_dir / "checkpoints").exists()
+    again = run(command, cwd=tmp_path, timeout_s=90, env={LAUNCH_ENV: "0002"})
+    assert again.code == 0 and "trained to step 10" in again.stdout, again.text

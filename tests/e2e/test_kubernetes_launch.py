@@ -179,7 +179,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "cores": ({"worker": {"cpus": "8 cores"}}, (), "worker.cpus='8 cores'"),
     "secret": ({"env": {"AWS_SECRET_ACCESS_KEY": "x"}}, (), "env.AWS_SECRET_ACCESS_KEY looks like a secret"),
     "secret-url": ({"env": {"PROXY": "http://me:word@proxy"}}, (), "env.PROXY looks like a secret"),
-    "mlflow-password": ({"mlflow": "http://me:word@mlflow:5000"}, (), "mlflow holds a password"),
+    "mlflow-password": ({"mlflow": "http://me:word@mlflow:5000"}, (), "mlflow holds a URL with a password"),
     "launcher-env": ({"env": {"RDDM_LAUNCH": "7"}}, (), "env.RDDM_LAUNCH is set by the launcher itself"),
     "variable": ({"env": {"MY VAR": "7"}}, (), "env.MY VAR"),
     "label": ({"labels": {"team": "team a"}}, (), "labels.team='team a'"),
