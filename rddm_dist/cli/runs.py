@@ -149,24 +149,31 @@ def follow_job(submitted: Submitted, run: str) -> int:
 
 
 class _Patience:
-    """A block around what asks a cluster: it may go without an answer for FOLLOW_PATIENCE_S, once it has answered."""
+    """A block around what asks a cluster: once it has answered, it may go without for FOLLOW_PATIENCE_S."""
 
     def __init__(self) -> None:
-        self._heard = float("-inf")
+        self._has_heard = False
+        self._entered, self._silent_since = 0.0, float("inf")
 
     def heard(self) -> None:
-        self._heard = time.monotonic()
+        self._has_heard, self._silent_since = True, float("inf")
 
     def __enter__(self) -> None:
-        return None
+        self._entered = time.monotonic()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         from data_pipeline.errors import EnvironmentFault
 
+        now = time.monotonic()
         if error is None:
             self.heard()
             return False
-        if not isinstance(error, EnvironmentFault) or time.monotonic() - self._heard > FOLLOW_PATIENCE_S:
+        if not isinstance(error, EnvironmentFault) or not self._has_heard:
+            return False
+        if now - self._entered > FOLLOW_PATIENCE_S:  # for so long a job had nothing to say, and its cluster was there
+            self._silent_since = float("inf")
+        self._silent_since = min(self._silent_since, now)
+        if now - self._silent_since >= FOLLOW_PATIENCE_S:
             return False
         time.sleep(FOLLOW_AGAIN_S)
         return True
