@@ -204,6 +204,7 @@ def test_under_torchrun_the_exit_code_is_that_of_the_look(data: str, tmp_path: P
         assert result.code == code, result.text
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_on_this_machine_the_command_looks_through_ray(data: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", storage=tmp_path / "runs", data=data)

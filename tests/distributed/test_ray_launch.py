@@ -75,6 +75,7 @@ def test_a_training_on_two_nodes_is_the_one_of_two_local_workers(cluster: RayNod
     ended(launches.rddm("logs", str(launches.run_dir)), 0, "new run ", "trained to step 10")
 
 
+@pytest.mark.slow
 def test_stop_saves_and_ends_the_job_which_nothing_starts_again(cluster: RayNodes, data: str) -> None:
     launches = Launches(cluster, "stopped", data)
     process, run_dir = launches.start(LONG), launches.run_dir

@@ -55,6 +55,7 @@ def standings(submitted: Submitted) -> dict[str, tuple[str, int]]:
     return {row.name: (row.status, row.standing.step) for row in table.rows}
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_all_combinations_as_children_of_one_run(tmp_path: Path) -> None:
     submitted = record_sweep(tmp_path, ["optim.lr=1e-4,2e-4"], "train.seed=0,1", "tracking.backend=mlflow")
     result = tune(submitted, "--workers", "1")

@@ -83,6 +83,7 @@ def test_a_machine_without_slurm_is_named(
     assert len(away.stderr.splitlines()) == 1 and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow  # waits for Slurm's own patience
 @pytest.mark.skipif(shutil.which("sinfo") is None, reason="Slurm's commands are not installed")
 def test_a_slurm_that_does_not_answer_is_one_line(
     here: Here, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
