@@ -303,7 +303,7 @@ def _ray(cluster: SlurmCluster, job: Job) -> Iterator[str]:
     yield '    "${python[@]}" -m ray.scripts.scripts symmetric-run --address "$address:$port" \\'
     yield f"    --min-nodes {nodes_of(cluster, job)} --include-dashboard=false \\"
     yield f"    --num-cpus {of_node * cluster.cpus_per_worker} --num-gpus {of_node * job.gpus_per_worker} \\"
-    yield '    -- "$@" 2>&1 | { grep --line-buffered -v " VINFO " || true; }'
+    yield '    -- "$@" 2>&1 | { grep --line-buffered -v "VINFO scripts.py" || true; }'
     yield "}"
     yield 'run_step with_ray bash -c "$on_first_node" bash "$address:$port" "${python[@]}"'
     yield 'if [ -e "$said" ]; then'
