@@ -20,9 +20,9 @@ def start_script(settings: KubernetesCluster, job: Job, record: Record, shape: S
     lines = ["#!/bin/sh", f"# {job.kind} {job.name}, launch {record.number}", "set -eu"]
     if not record.is_shared:
         names = " ".join(f"{MOUNT}/{name}" for name in carried(settings, job))
-        lines.append("# The run folder keeps what was submitted.")
-        lines.append(f"mkdir -p {shlex.quote(record.home)}")
-        lines.append(f"cp {names} {shlex.quote(record.home)}/")
+        lines.append("# The run folder keeps what was submitted; of several pods the first one sees to it.")
+        folder = shlex.quote(record.home)
+        lines.append(f'[ "${{JOB_COMPLETION_INDEX:-0}}" != 0 ] || {{ mkdir -p {folder} && cp {names} {folder}/; }}')
     if shape.is_ray:
         lines += _ray_lines(settings, job, record)
     elif job.kind == "train":
