@@ -112,7 +112,7 @@ def test_a_stopped_sweep_goes_on_and_a_trial_that_fails_holds_nobody_up(tmp_path
     second = f"{submitted.home}-0001"
     process = start(command(submitted, "--parallel", "1"), cwd=submitted.record.local)
     try:
-        wait_for_step(second, 3, process, limit_s=150)
+        wait_for_step(second, 3, process)
         process.send_signal(signal.SIGTERM)
         stopped = finish(process, timeout_s=60)
     finally:
